@@ -1,0 +1,183 @@
+"""Messages of the side channel: msgspec structs, msgpack on the wire, one frame each, never pickle.
+
+    decode engine (DEALER)                       prefill engine (ROUTER)
+    Hello ────────────────────────────────────▶  compare: protocol, model, weights, geometry
+          ◀──────────────────────────────────── Welcome | Rejected
+    Offer ────────────────────────────────────▶  queue limit, prompt limit
+          ◀──────────────────────────────────── Accepted | Refused
+          ◀──────────────────────────────────── Started      first chunk scheduled
+    Ready ────────────────────────────────────▶  KV of [first_token, end_token) may be sent
+    Cancel ◀──────────────────────────────────▶ Cancel       either side gives up
+    Heartbeat ────────────────────────────────▶
+          ◀──────────────────────────────────── LoadReport   answer to a heartbeat, and unasked when load changes
+    SnapshotRequest ──────────────────────────▶
+          ◀──────────────────────────────────── Snapshot     debug view, JSON text
+
+Tickets (transfer id + nonce) travel only here. HTTP carries the transfer id alone, and nothing that a client
+can put into HTTP is ever used as an address, a slot or an agent.
+"""
+
+import msgspec
+
+from disagg_plugin.kv.commands import RankEndpoint
+from disagg_plugin.kv.geometry import KVGeometry
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 4 << 20  # libzmq drops larger ones silently at the receiver: refused at the sender
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="t"):
+    """Base of every message; the tag is the class name."""
+
+
+class ModelIdentity(msgspec.Struct, frozen=True):
+    """What must be equal for KV to be exchangeable; engine-neutral.
+
+    Attributes:
+        config_fingerprint: Hash over the architecture's numbers (rope scaling, overrides, quantization...).
+        weights_digest: Hash over the weights' headers and samples, or the configured revision id.
+        served_name: For messages to people only; never compared.
+    """
+
+    config_fingerprint: str
+    weights_digest: str
+    served_name: str = ""
+
+
+class Hello(Message, tag="hello"):
+    """A decode engine introduces itself.
+
+    Attributes:
+        engine: Stable id of the sending engine, the same over restarts.
+        epoch: New with every start of the process.
+        region_first_slot, region_slots: The part of each decode rank's ring that this peer may write to.
+    """
+
+    protocol: int
+    features: tuple[str, ...]
+    engine: str
+    epoch: int
+    model: ModelIdentity
+    geometry: KVGeometry
+    endpoints: tuple[RankEndpoint, ...]
+    region_first_slot: int
+    region_slots: int
+
+
+class Welcome(Message, tag="welcome"):
+    """The prefill engine agrees; from now on it accepts offers from this peer."""
+
+    protocol: int
+    features: tuple[str, ...]
+    engine: str
+    epoch: int
+    model: ModelIdentity
+    geometry: KVGeometry
+    endpoints: tuple[RankEndpoint, ...]
+    max_prompt_tokens: int
+    prefill_queue_max: int
+
+
+class Rejected(Message, tag="rejected"):
+    """The two engines do not fit: what differs, and both values. No offer will be accepted."""
+
+    reason: str
+    ours: str
+    theirs: str
+
+
+class Offer(Message, tag="offer"):
+    """May this prompt be prefilled at your place?
+
+    Attributes:
+        cached_tokens: Prefix that the decode side holds already (it may still grow or shrink until Ready).
+        deadline_s: Seconds from now after which the decode side will not wait any more.
+        codec: "raw", "int8" or "int8c": what the decode side wants on this link.
+    """
+
+    transfer_id: bytes
+    nonce: int
+    prompt_tokens: int
+    cached_tokens: int
+    deadline_s: float
+    codec: str
+    priority: int = 0
+
+
+class Accepted(Message, tag="accepted"):
+    """Send the prompt over HTTP now; its first chunk should start in about ``eta_s``."""
+
+    transfer_id: bytes
+    eta_s: float
+
+
+class Refused(Message, tag="refused"):
+    """No; ``reason`` is a word for counters: queue_full, prompt_too_long, draining, unknown_peer, stale_epoch."""
+
+    transfer_id: bytes
+    reason: str
+
+
+class Started(Message, tag="started"):
+    """The first chunk of this prompt is being computed: allocate, and say Ready."""
+
+    transfer_id: bytes
+
+
+class Ready(Message, tag="ready"):
+    """Blocks are allocated: send KV of tokens ``[first_token, end_token)``."""
+
+    transfer_id: bytes
+    first_token: int
+    end_token: int
+
+
+class Cancel(Message, tag="cancel"):
+    """The sender gives this transfer up; idempotent."""
+
+    transfer_id: bytes
+    reason: str
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """I am alive, in this epoch; answered with a LoadReport."""
+
+    epoch: int
+
+
+class LoadReport(Message, tag="load"):
+    """What a prefill engine says about itself; engine-neutral."""
+
+    epoch: int
+    queued_requests: int
+    queued_prefill_tokens: int
+    running_requests: int
+    kv_usage: float
+    prefill_tokens_per_s: float
+
+
+class SnapshotRequest(Message, tag="snapshot?"):
+    """Ask for the debug view."""
+
+
+class Snapshot(Message, tag="snapshot"):
+    """The debug view as JSON text, for people, tests and ``disagg status``."""
+
+    json: str
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Rejected
+    | Offer
+    | Accepted
+    | Refused
+    | Started
+    | Ready
+    | Cancel
+    | Heartbeat
+    | LoadReport
+    | SnapshotRequest
+    | Snapshot
+)

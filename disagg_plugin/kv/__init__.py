@@ -1,0 +1,1 @@
+"""What moves: canonical KV, codecs, wire format, landing ring, transfer life cycle, transport."""
