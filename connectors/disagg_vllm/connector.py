@@ -1,0 +1,143 @@
+"""The KV connector that vLLM loads as ``disagg``: which calls we answer, and who answers them.
+
+Of the base class's ~40 methods we override those below; the others keep the engine's defaults on purpose: loads and
+saves are asynchronous and never per layer, so the two per-layer hooks do nothing, piecewise CUDA graphs are not
+needed, and no cache layout is required (canonical KV does not depend on it).
+
+    scheduler process                                 worker, per step
+    on_new_request                                    bind_connector_metadata
+    get_num_new_matched_tokens    each step           start_load_kv                  apply commands
+    update_state_after_alloc                          wait_for_save                  export, scatter
+    build_connector_meta          commands down ────▶ get_finished, get_block_ids_with_load_errors
+    update_connector_output       ◀──── reports up    build_connector_worker_meta
+    request_finished
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.request import RequestStatus
+
+from disagg_vllm.metadata import RankHandshake, StepReports
+from disagg_vllm.scheduler_side import SchedulerSide
+from disagg_vllm.settings import settings_of
+from disagg_vllm.worker_side import WorkerSide, any_commands
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+COMPLETED = frozenset({RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED})
+
+
+class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is untyped to mypy here
+    """Decode-first disaggregation for a stock vLLM engine."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        settings = settings_of(self._kv_transfer_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, settings)
+        else:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, settings)
+
+    # -- scheduler process -------------------------------------------------------------------------------------
+
+    @property
+    def scheduler(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a scheduler call on a worker's connector"
+        return self._scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        self.scheduler.bind_block_pool(gpu_block_pool)
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        self.scheduler.ranks_ready({rank: m for rank, m in metadata.items() if isinstance(m, RankHandshake)})
+
+    def on_new_request(self, request: "Request") -> None:
+        self.scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.scheduler.match(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        if num_external_tokens > 0:
+            (block_ids,) = blocks.get_block_ids()
+            self.scheduler.allocated(request, tuple(block_ids), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        return self.scheduler.build_commands(scheduler_output)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        self.scheduler.update(connector_output)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.scheduler.finished(request, completed=request.status in COMPLETED), None
+
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler.needs_steps
+
+    def has_pending_block_frees(self) -> bool:
+        return self.scheduler.holds_blocks
+
+    # -- worker ------------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> WorkerSide:
+        assert self._worker is not None, "a worker call on a scheduler's connector"
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        self.worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self.worker.handshake()
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        self.worker.begin_step(any_commands(self._connector_metadata))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: the engine runs a request only after its whole load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing per layer: a step's chunk is exported whole in ``wait_for_save``."""
+
+    def wait_for_save(self) -> None:
+        self.worker.end_step(any_commands(self._connector_metadata))
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self.worker.completions()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.take_invalid_block_ids()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self.worker.report()
+
+    # -- both --------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        for side in self._sides():
+            side.close()
+
+    def _sides(self) -> Iterable[SchedulerSide | WorkerSide]:
+        return [side for side in (self._scheduler, self._worker) if side is not None]
+
+
+__all__ = ["DisaggConnector", "StepReports"]

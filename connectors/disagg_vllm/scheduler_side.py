@@ -1,0 +1,231 @@
+"""The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PromptView
+from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.offload_call import transfer_id_of
+from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.service import ControlService, EngineFacts
+from disagg_plugin.errors import ConfigError, DisaggError
+from disagg_vllm.identity import model_identity
+from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.support import local_only_reason, unsupported_engine
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.disagg")
+
+
+class SchedulerSide:
+    """One DP rank's scheduler process. Inactive (every request local) until ``ranks_ready`` found no problem."""
+
+    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", settings: DisaggSettings) -> None:
+        self._vllm_config = vllm_config
+        self._settings = settings
+        self._block_size: int = vllm_config.cache_config.block_size
+        self._block_pool: BlockPool | None = None
+        self._load = LoadTracker()
+        self._service: ControlService | None = None
+        self._decode: DecodeSide | None = None
+        self._prefill: PrefillSide | None = None
+        self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
+        self._announce_inactive = self.inactive_reason != "not started"
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def bind_block_pool(self, block_pool: "BlockPool") -> None:
+        self._block_pool = block_pool
+
+    def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
+        """All workers have registered their caches: start the side channel, or say once why not."""
+        problem = next((r.problem for r in ranks.values() if r.problem), "")
+        if self._announce_inactive or problem:
+            self.inactive_reason = problem or self.inactive_reason
+            logger.warning(
+                "disagg is installed but not active: %s. Every prompt is prefilled locally.", self.inactive_reason
+            )
+            return
+        ordered = [ranks[rank] for rank in sorted(ranks)]
+        geometry = ordered[0].geometry
+        assert geometry is not None
+        config = self._vllm_config
+        facts = EngineFacts(
+            model=model_identity(config, self._settings),
+            geometry=geometry,
+            endpoints=tuple(r.endpoint for r in ordered if r.endpoint is not None),
+            max_prompt_tokens=config.model_config.max_model_len - 1,
+            dp_rank=config.parallel_config.data_parallel_rank,
+        )
+        try:
+            service = ControlService(self._settings, facts, snapshot=self._snapshot)
+            service.start()
+        except ConfigError:
+            logger.exception("disagg cannot start") if logger.isEnabledFor(logging.DEBUG) else None
+            raise
+        self._service = service
+        capacity = self._capacity_tokens()
+        if service.decode is not None:
+            self._decode = DecodeSide(
+                self._settings, service.decode, engine=service.engine, kv_capacity_tokens=capacity
+            )
+        if service.prefill is not None:
+            self._prefill = PrefillSide(
+                self._settings, service.prefill, ranks=len(ordered), kv_capacity_tokens=capacity
+            )
+        self.inactive_reason = ""
+        logger.info(
+            "disagg is active: role %s, side channel on %s:%d, %d prefill worker(s)",
+            self._settings.role,
+            self._settings.side_channel.host,
+            service.port,
+            len(self._settings.prefill_workers) if service.decode is not None else 0,
+        )
+        if service.decode is not None and not self._settings.prefill_workers and self._settings.role == "decode":
+            logger.warning("disagg: role decode without prefill_workers: every prompt is prefilled locally")
+
+    def close(self) -> None:
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    # -- the engine's calls, in the order of a step ------------------------------------------------------------
+
+    def on_new_request(self, request: "Request") -> None:
+        if self._prefill is None:
+            return
+        prompt_tokens = request.num_prompt_tokens
+        self._load.arrived(request.request_id, prompt_tokens)
+        self._publish_load()
+        transfer_id = transfer_id_of(request.kv_transfer_params)
+        if transfer_id is not None:
+            self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+
+    def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
+        if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
+            return 0, False
+        prompt = PromptView(
+            request_id=request.request_id,
+            token_ids=request.prompt_token_ids or (),
+            local_only=local_only_reason(request),
+            http_fields=_http_fields(request),
+        )
+        answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        match answer:
+            case Claim(tokens):
+                return tokens, True
+            case NotYet():
+                return None, False
+            case _:
+                return 0, False
+
+    def allocated(self, request: "Request", block_ids: tuple[int, ...], external_tokens: int) -> None:
+        if self._decode is not None:
+            self._decode.allocated(request.request_id, block_ids, external_tokens)
+
+    def build_commands(self, output: "SchedulerOutput") -> StepCommands:
+        commands: list[object] = []
+        if self._prefill is not None:
+            self._export_step(output, self._prefill)
+            commands += self._prefill.step()
+        if self._decode is not None:
+            commands += self._decode.step()
+        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0)  # type: ignore[arg-type]
+
+    def _export_step(self, output: "SchedulerOutput", prefill: PrefillSide) -> None:
+        """Tell the prefill role what this step computes, from the engine's own block tables."""
+        for request_id in output.preempted_req_ids or ():
+            prefill.preempted(request_id)
+        computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        prefill_tokens = 0
+        for request_id, before in computed.items():
+            after = before + output.num_scheduled_tokens[request_id]
+            prefill_tokens += self._load.computed(request_id, after)
+            if prefill.is_ours(request_id):
+                (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
+                prefill.scheduled(request_id, after, block_ids)
+        self._load.step_built(prefill_tokens)
+        self._publish_load()
+
+    def update(self, output: "KVConnectorOutput") -> None:
+        """What the workers said, and which loads and sends the engine now takes as ended."""
+        reports = output.kv_connector_worker_meta
+        if isinstance(reports, StepReports):
+            if self._decode is not None:
+                self._decode.reports(reports.reports)
+            if self._prefill is not None:
+                self._prefill.reports(reports.reports)
+        self._load.step_ended()
+        if self._decode is not None:
+            for request_id in output.finished_recving or ():
+                self._decode.load_completed(request_id)
+        if self._prefill is not None:
+            for request_id in output.finished_sending or ():
+                self._prefill.released(request_id)
+
+    def finished(self, request: "Request", *, completed: bool) -> bool:
+        """The request ended; True if its blocks must stay until the workers release them."""
+        if self._decode is not None:
+            self._decode.finished(request.request_id)
+        if self._prefill is None:
+            return False
+        self._load.finished(request.request_id)
+        return self._prefill.finished(request.request_id, completed=completed)
+
+    @property
+    def needs_steps(self) -> bool:
+        return self._prefill is not None and self._prefill.needs_steps
+
+    @property
+    def holds_blocks(self) -> bool:
+        return self._prefill is not None and self._prefill.holds_blocks
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _publish_load(self) -> None:
+        if self._service is not None and self._service.prefill is not None:
+            usage = self._block_pool.get_usage() if self._block_pool is not None else 0.0
+            self._service.prefill.publish(self._load.load(), usage)
+
+    def _capacity_tokens(self) -> int:
+        return self._block_pool.num_gpu_blocks * self._block_size if self._block_pool is not None else 0
+
+    def _free_tokens(self) -> int:
+        if self._block_pool is None:
+            raise DisaggError("the engine did not bind its block pool")
+        return int(self._block_pool.get_num_free_blocks()) * self._block_size
+
+    def _snapshot(self) -> dict[str, object]:
+        view: dict[str, object] = {"inactive_reason": self.inactive_reason}
+        if self._block_pool is not None:
+            view["kv"] = {
+                "free_blocks": self._block_pool.get_num_free_blocks(),
+                "total_blocks": self._block_pool.num_gpu_blocks,
+                "block_size": self._block_size,
+            }
+        if self._decode is not None:
+            view["decode"] = self._decode.snapshot()
+        if self._prefill is not None:
+            view["prefill"] = self._prefill.snapshot()
+        return view
+
+
+def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:
+    """What must travel with the prompt: everything that shapes its KV, nothing that only shapes sampling."""
+    fields: list[tuple[str, object]] = []
+    if request.lora_request is not None:
+        fields.append(("model", request.lora_request.lora_name))
+    if request.cache_salt:
+        fields.append(("cache_salt", request.cache_salt))
+    return tuple(fields)

@@ -1,0 +1,141 @@
+"""The connector inside a vLLM worker: builds the data plane for this rank and steps it with the engine."""
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.prefill_workers import is_loopback
+from disagg_plugin.kv.dataplane import DataPlane
+from disagg_plugin.kv.transport import NixlTransport
+from disagg_vllm.kv_views import build_view
+from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.support import unsupported_engine
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger("vllm.disagg")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _guarded(
+    default: R,
+) -> Callable[[Callable[Concatenate["WorkerSide", P], R]], Callable[Concatenate["WorkerSide", P], R]]:
+    """An exception in a worker hook kills the whole engine: stop here, count, say it once, answer ``default``."""
+
+    def wrap(hook: Callable[Concatenate["WorkerSide", P], R]) -> Callable[Concatenate["WorkerSide", P], R]:
+        @functools.wraps(hook)
+        def guarded(self: "WorkerSide", *args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                self.hook_failures += 1
+                if self.hook_failures == 1:
+                    logger.exception("disagg: the worker hook %s failed; further failures are counted", hook.__name__)
+                return default
+
+        return guarded
+
+    return wrap
+
+
+class WorkerSide:
+    """One tensor-parallel rank."""
+
+    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", settings: DisaggSettings) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._settings = settings
+        self._plane: DataPlane | None = None
+        self._problem = unsupported_engine(vllm_config, kv_cache_config) or ""
+        self._rank: int = vllm_config.parallel_config.rank
+        self._invalid_block_ids: set[int] = set()
+        self.hook_failures = 0
+
+    def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        """The engine's caches exist: view them, register memory, compile the codec. A problem is kept, not raised."""
+        if self._problem:
+            return
+        started_s = time.monotonic()
+        try:
+            parallel = self._vllm_config.parallel_config
+            self._rank = parallel.rank % parallel.tensor_parallel_size
+            view = build_view(
+                self._vllm_config, self._kv_cache_config, kv_caches, self._rank, parallel.tensor_parallel_size
+            )
+            epoch = time.time_ns()
+            engine = f"{self._settings.role}-{os.getpid()}"
+            transport = NixlTransport(
+                f"{engine}-{self._rank}-{epoch}", self._settings.nixl, loopback=self._loopback_only()
+            )
+            self._plane = DataPlane(
+                engine=engine,
+                epoch=epoch,
+                rank=self._rank,
+                view=view,
+                transfer=self._settings.transfer,
+                transport=transport,
+            )
+        except Exception as error:  # whatever is missing or unknown here: serve locally and say why
+            logger.debug("disagg: rank %d cannot take part", self._rank, exc_info=True)
+            self._problem = f"{type(error).__name__}: {error}"
+            return
+        logger.info("disagg: rank %d is ready after %.1f s", self._rank, time.monotonic() - started_s)
+
+    def handshake(self) -> RankHandshake:
+        """For the scheduler process, once."""
+        if self._plane is None:
+            return RankHandshake(self._rank, problem=self._problem or "the KV caches were never registered")
+        return RankHandshake(self._rank, self._plane.endpoint, self._plane.geometry)
+
+    @_guarded(None)
+    def begin_step(self, commands: StepCommands) -> None:
+        if self._plane is not None:
+            self._plane.apply(commands.commands)
+
+    @_guarded(None)
+    def end_step(self, commands: StepCommands) -> None:
+        """After the forward was launched: export what it computed, scatter what has landed."""
+        if self._plane is not None:
+            self._plane.after_forward(computed=commands.computes)
+
+    @_guarded((None, None))
+    def completions(self) -> tuple[set[str] | None, set[str] | None]:
+        """vLLM's form: (requests whose blocks we release, requests whose load ended)."""
+        if self._plane is None:
+            return None, None
+        done = self._plane.take_completions()
+        self._invalid_block_ids |= done.invalid_block_ids
+        return set(done.released) or None, set(done.received) or None
+
+    def take_invalid_block_ids(self) -> set[int]:
+        taken, self._invalid_block_ids = self._invalid_block_ids, set()
+        return taken
+
+    @_guarded(None)
+    def report(self) -> StepReports | None:
+        if self._plane is None:
+            return None
+        return StepReports((self._plane.report(),))
+
+    def close(self) -> None:
+        if self._plane is not None:
+            self._plane.close()
+            self._plane = None
+
+    def _loopback_only(self) -> bool:
+        """Without a choice of ours NIXL listens on every address: keep it on loopback while the side channel is."""
+        return is_loopback(self._settings.side_channel.host)
+
+
+def any_commands(metadata: Any) -> StepCommands:
+    """The step's commands, whatever the engine bound (a stock dummy step binds nothing of ours)."""
+    return metadata if isinstance(metadata, StepCommands) else StepCommands()

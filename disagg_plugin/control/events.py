@@ -1,0 +1,87 @@
+"""Values that the I/O thread hands to the scheduler's thread; the other direction is method calls on the ports.
+
+Each side drains its deque at its own pace; nobody waits for the other.
+"""
+
+from dataclasses import dataclass
+
+from disagg_plugin.kv.commands import AddPeer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerJoined:
+    """A peer is compatible and its workers can be reached; ``add`` goes to our worker ranks."""
+
+    add: AddPeer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft:
+    """A peer is gone or was replaced: whatever it owes us will not come."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAccepted:
+    """Decode: ``peer`` took the offer and has the prompt; it starts in about ``eta_s``."""
+
+    transfer_id: bytes
+    peer: str
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStarted:
+    """Decode: the first chunk is being computed."""
+
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFailed:
+    """Decode: nobody will deliver this transfer; ``reason`` is a word for counters."""
+
+    transfer_id: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillEnded:
+    """Decode: the prefill engine answered the HTTP call; chunks may still be under way."""
+
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TicketOffered:
+    """Prefill: an offer was accepted; its HTTP request will come."""
+
+    transfer_id: bytes
+    nonce: int
+    peer: str
+    prompt_tokens: int
+    codec: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TicketReady:
+    """Prefill: the decode side has allocated blocks for ``[first_token, end_token)``."""
+
+    transfer_id: bytes
+    first_token: int
+    end_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class TicketCancelled:
+    """Prefill: the decode side gave up."""
+
+    transfer_id: bytes
+    reason: str
+
+
+DecodeEvent = PeerJoined | PeerLeft | PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
+PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketCancelled

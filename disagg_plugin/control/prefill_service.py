@@ -1,0 +1,230 @@
+"""The prefill role's half of the side channel: answers handshakes and offers at once, inside the I/O thread."""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.compatibility import Party, find_mismatch
+from disagg_plugin.control.events import (
+    PeerJoined,
+    PeerLeft,
+    PrefillEvent,
+    TicketCancelled,
+    TicketOffered,
+    TicketReady,
+)
+from disagg_plugin.control.load import Load
+from disagg_plugin.control.messages import (
+    Accepted,
+    AnyMessage,
+    Cancel,
+    Heartbeat,
+    Hello,
+    LoadReport,
+    Offer,
+    Ready,
+    Refused,
+    Rejected,
+    Started,
+    Welcome,
+)
+from disagg_plugin.kv.commands import AddPeer
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[bytes, AnyMessage], None]
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One decode engine that said Hello."""
+
+    engine: str
+    epoch: int
+    identity: bytes
+    heard_s: float
+
+
+class PrefillService:
+    """Serves decode engines; implements :class:`disagg_plugin.control.prefill_side.PrefillPort`.
+
+    ``on_message`` and ``sweep`` run in the I/O thread; ``started``, ``cancel``, ``arrived``, ``publish`` and
+    ``drain`` may be called from the scheduler's thread.
+    """
+
+    def __init__(
+        self,
+        settings: DisaggSettings,
+        welcome: Welcome,
+        party: Party,
+        *,
+        send: Send,
+        post: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._welcome = welcome
+        self._party = party
+        self._send = send
+        self._post = post
+        self._clock = clock
+        self._peers: dict[str, _Peer] = {}
+        self._by_identity: dict[bytes, _Peer] = {}
+        self._awaited: dict[bytes, float] = {}  # accepted, HTTP request not seen yet: transfer id -> until when
+        self._events: deque[PrefillEvent] = deque()
+        self._load = Load()
+        self._kv_usage = 0.0
+        self._refuse_all = ""
+        self.counters: Counter[str] = Counter()
+
+    # -- scheduler's thread ------------------------------------------------------------------------------------
+
+    def publish(self, load: Load, kv_usage: float) -> None:
+        """The load that the next offers are judged by."""
+        self._load, self._kv_usage = load, kv_usage
+
+    def started(self, transfer_id: bytes, peer: str) -> None:
+        self._post(self._send_to, peer, Started(transfer_id))
+
+    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
+        self._post(self._send_to, peer, Cancel(transfer_id, reason))
+
+    def arrived(self, transfer_id: bytes) -> None:
+        self._awaited.pop(transfer_id, None)
+
+    def drain(self) -> Iterable[PrefillEvent]:
+        while self._events:
+            yield self._events.popleft()
+
+    def refuse_all(self, reason: str) -> None:
+        """From now on every offer is refused (draining)."""
+        self._refuse_all = reason
+
+    # -- I/O thread --------------------------------------------------------------------------------------------
+
+    def on_message(self, identity: bytes, message: AnyMessage) -> None:
+        """One message from a decode engine."""
+        peer = self._by_identity.get(identity)
+        if peer is not None:
+            peer.heard_s = self._clock()
+        match message:
+            case Hello():
+                self._hello(identity, message)
+            case Offer():
+                self._offer(identity, peer, message)
+            case Ready(transfer_id, first_token, end_token) if peer is not None:
+                self._events.append(TicketReady(transfer_id, first_token, end_token))
+            case Cancel(transfer_id, reason) if peer is not None:
+                self._awaited.pop(transfer_id, None)
+                self._events.append(TicketCancelled(transfer_id, reason))
+            case Heartbeat(epoch):
+                # a peer that we dropped meanwhile, or never met in this epoch of ours, must say Hello again
+                if peer is None or peer.epoch != epoch:
+                    self._send(identity, Rejected("unknown_peer", str(self._welcome.epoch), str(epoch)))
+                else:
+                    self._send(identity, self._report())
+            case _:
+                self.counters["unexpected_messages"] += 1
+
+    def sweep(self) -> None:
+        """Forget silent peers and prompts that never came; called every heartbeat interval."""
+        now = self._clock()
+        for peer in list(self._peers.values()):
+            if now - peer.heard_s > self._settings.side_channel.peer_timeout_s:
+                self._leave(peer, "peer_silent")
+        for transfer_id, until_s in list(self._awaited.items()):
+            if now > until_s:
+                self._awaited.pop(transfer_id, None)
+                self._events.append(TicketCancelled(transfer_id, "prompt_never_came"))
+
+    def _hello(self, identity: bytes, hello: Hello) -> None:
+        theirs = Party(
+            hello.protocol,
+            hello.model,
+            hello.geometry,
+            tensor_parallel=len(hello.endpoints),
+            slot_bytes=hello.endpoints[0].slot_bytes if hello.endpoints else 0,
+        )
+        mismatch = find_mismatch(self._party, theirs)
+        if mismatch is not None:
+            self.counters["rejected_peers"] += 1
+            logger.warning("disagg: decode engine %s cannot use this prefill engine: %s", hello.engine, mismatch)
+            self._send(identity, Rejected(mismatch.reason, mismatch.ours, mismatch.theirs))
+            return
+        known = self._peers.get(hello.engine)
+        if known is not None and known.epoch != hello.epoch:
+            self._leave(known, "peer_restarted")
+        peer = _Peer(hello.engine, hello.epoch, identity, self._clock())
+        self._peers[hello.engine] = peer
+        self._by_identity[identity] = peer
+        self._events.append(
+            PeerJoined(
+                AddPeer(
+                    peer=hello.engine,
+                    epoch=hello.epoch,
+                    endpoints=hello.endpoints,
+                    region_first_slot=hello.region_first_slot,
+                    region_slots=hello.region_slots,
+                    receives=False,
+                )
+            )
+        )
+        self._send(identity, self._welcome)
+
+    def _offer(self, identity: bytes, peer: _Peer | None, offer: Offer) -> None:
+        reason = self._refusal(peer, offer)
+        if reason or peer is None:
+            self.counters[f"refused_{reason}"] += 1
+            self._send(identity, Refused(offer.transfer_id, reason))
+            return
+        # the ticket must stand before the prompt can arrive over HTTP
+        self._events.append(
+            TicketOffered(
+                transfer_id=offer.transfer_id,
+                nonce=offer.nonce,
+                peer=peer.engine,
+                prompt_tokens=offer.prompt_tokens,
+                codec=offer.codec,
+                deadline_s=offer.deadline_s,
+            )
+        )
+        self._awaited[offer.transfer_id] = self._clock() + self._settings.transfer.start_timeout_s
+        self.counters["accepted"] += 1
+        waiting = len(self._awaited) - 1
+        eta_s = self._load.eta_s + waiting * offer.prompt_tokens / self._load.prefill_tokens_per_s
+        self._send(identity, Accepted(offer.transfer_id, eta_s))
+
+    def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
+        if peer is None:
+            return "unknown_peer"
+        if self._refuse_all:
+            return self._refuse_all
+        if offer.prompt_tokens > self._welcome.max_prompt_tokens:
+            return "prompt_too_long"
+        if self._load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
+            return "queue_full"
+        return ""
+
+    def _report(self) -> LoadReport:
+        load = self._load
+        return LoadReport(
+            epoch=self._welcome.epoch,
+            queued_requests=load.queued_requests + len(self._awaited),
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            running_requests=load.running_requests,
+            kv_usage=self._kv_usage,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+        )
+
+    def _leave(self, peer: _Peer, reason: str) -> None:
+        self._peers.pop(peer.engine, None)
+        self._by_identity.pop(peer.identity, None)
+        self.counters[reason] += 1
+        self._events.append(PeerLeft(peer.engine, reason))
+
+    def _send_to(self, engine: str, message: AnyMessage) -> None:
+        if (peer := self._peers.get(engine)) is not None:
+            self._send(peer.identity, message)

@@ -1,0 +1,327 @@
+"""The prefill role inside a scheduler process: recognises offered prompts, exports their KV, holds their blocks.
+
+No I/O, no engine types. Call order, all in the scheduler's thread:
+
+    new_request()   a request arrived over HTTP; with a transfer id that was offered, it is ours
+    scheduled()     each step in which the engine computes some of its tokens
+    preempted()     the engine took its blocks away; it will start over
+    finished()      it ended; the answer says whether its blocks must stay
+    step()          each step: commands for the worker ranks
+    reports()       each step: what the ranks said
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.events import (
+    PeerJoined,
+    PeerLeft,
+    PrefillEvent,
+    TicketCancelled,
+    TicketOffered,
+    TicketReady,
+)
+from disagg_plugin.kv.commands import (
+    AddPeer,
+    Command,
+    Computed,
+    DropSend,
+    OpenSend,
+    RankReport,
+    ReleaseWhenStaged,
+    RemovePeer,
+)
+from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, State, advance
+
+RECENT_TRANSFERS = 256
+
+
+class PrefillPort(Protocol):
+    """What the I/O thread offers to this role; every call returns at once."""
+
+    def started(self, transfer_id: bytes, peer: str) -> None: ...
+    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None: ...
+    def arrived(self, transfer_id: bytes) -> None: ...
+    def drain(self) -> Iterable[PrefillEvent]: ...
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """One offered prompt."""
+
+    offer: TicketOffered
+    offered_s: float
+    state: State = State.ACCEPTED
+    request_id: str = ""
+    ready: TicketReady | None = None
+    opened: bool = False  # the ranks know about it
+    request_ended_s: float = 0.0
+    holding: bool = False  # the engine keeps the blocks until the ranks release them
+    computed_tokens: int = 0
+    failure: str = ""
+    staged_ranks: set[int] = field(default_factory=set)
+    sent_ranks: set[int] = field(default_factory=set)
+    started_s: float = 0.0
+    last_computed_s: float = 0.0
+    acknowledged_s: float = 0.0
+    chunks: int = 0
+    wire_bytes: int = 0
+
+
+class PrefillSide:
+    """Tickets and exports of one prefill engine's scheduler process."""
+
+    def __init__(
+        self,
+        settings: DisaggSettings,
+        port: PrefillPort,
+        *,
+        ranks: int,
+        kv_capacity_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._port = port
+        self._ranks = ranks
+        self._capacity_tokens = kv_capacity_tokens
+        self._clock = clock
+        self._tickets: dict[bytes, _Ticket] = {}
+        self._by_request: dict[str, _Ticket] = {}
+        self._commands: list[Command] = []
+        self._peers: dict[str, AddPeer] = {}
+        self._ranks_busy = False
+        self.totals: Counter[str] = Counter()
+        self.drops: Counter[str] = Counter()
+        self.recent: deque[dict[str, object]] = deque(maxlen=RECENT_TRANSFERS)
+        self.rank_counters: dict[int, dict[str, float]] = {}
+
+    # -- the engine's scheduler tells ------------------------------------------------------------------------------
+
+    def new_request(self, request_id: str, transfer_id: bytes, prompt_tokens: int) -> bool:
+        """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one)."""
+        self._drain()
+        self._port.arrived(transfer_id)
+        ticket = self._tickets.get(transfer_id)
+        if ticket is None or ticket.request_id or ticket.state in OVER:
+            self.totals["unknown_transfer_ids"] += 1
+            return False
+        if ticket.offer.prompt_tokens != prompt_tokens:
+            self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
+            return False
+        ticket.request_id = request_id
+        self._by_request[request_id] = ticket
+        return True
+
+    def is_ours(self, request_id: str) -> bool:
+        """Whether this request's KV goes to a decode engine."""
+        return request_id in self._by_request
+
+    def scheduled(self, request_id: str, computed_tokens: int, block_ids: Sequence[int]) -> None:
+        """After the step now being built, ``[0, computed_tokens)`` of the request stands in ``block_ids``."""
+        ticket = self._by_request.get(request_id)
+        if ticket is None or ticket.state in OVER:
+            return
+        if ticket.state is State.ACCEPTED:
+            ticket.state, ticket.started_s = advance(ticket.state, Event.START), self._clock()
+            self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
+        ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
+        self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
+
+    def preempted(self, request_id: str) -> None:
+        """The engine freed the request's blocks; it will be computed again from the start."""
+        ticket = self._by_request.get(request_id)
+        if ticket is not None and ticket.state not in OVER:
+            ticket.computed_tokens = 0
+            self.totals["preempted"] += 1
+            self._commands.append(Computed(ticket.offer.transfer_id, 0, ()))
+
+    def finished(self, request_id: str, *, completed: bool) -> bool:
+        """The request ended. Returns True if the engine must keep its blocks until the ranks release them."""
+        ticket = self._by_request.get(request_id)
+        if ticket is None:
+            return False
+        ticket.request_ended_s = self._clock()
+        if ticket.state in OVER or self._is_staged(ticket):
+            self._forget_if_over(ticket)
+            return False
+        if not completed:
+            self._drop(ticket, Event.ABORT, "prefill_aborted", tell=True)
+            self._forget_if_over(ticket)
+            return False
+        if self._held_tokens() + ticket.computed_tokens > self._settings.transfer.hold_kv_fraction * max(
+            self._capacity_tokens, 1
+        ) and self.holds_blocks:
+            self._drop(ticket, Event.FAIL, "hold_full", tell=True)
+            self._forget_if_over(ticket)
+            return False
+        ticket.holding = True
+        self._commands.append(ReleaseWhenStaged(ticket.offer.transfer_id, request_id))
+        return True
+
+    def step(self) -> list[Command]:
+        """Commands for the worker ranks; called once per scheduler step, at its end."""
+        self._drain()
+        now = self._clock()
+        limits = self._settings.transfer
+        for ticket in list(self._tickets.values()):
+            if ticket.state in OVER:
+                continue
+            if ticket.holding and now > ticket.request_ended_s + limits.hold_s and not self._is_staged(ticket):
+                self._drop(ticket, Event.DEADLINE, "hold_expired", tell=True)
+            elif now > ticket.offered_s + ticket.offer.deadline_s:
+                self._drop(ticket, Event.DEADLINE, "deadline", tell=True)
+        commands, self._commands = self._commands, []
+        return commands
+
+    def reports(self, reports: Iterable[RankReport]) -> None:
+        """What the worker ranks said after a step."""
+        busy = False
+        for report in reports:
+            busy = busy or report.busy
+            if report.counters:
+                self.rank_counters[report.rank] = report.counters
+            for transfer_id in report.staged:
+                if (ticket := self._tickets.get(transfer_id)) is not None:
+                    ticket.staged_ranks.add(report.rank)
+            for timing in report.send_timings:
+                if (ticket := self._tickets.get(timing.transfer_id)) is not None:
+                    ticket.chunks += timing.chunks
+                    ticket.wire_bytes += timing.wire_bytes
+                    ticket.last_computed_s = max(ticket.last_computed_s, timing.last_computed_s)
+                    ticket.acknowledged_s = max(ticket.acknowledged_s, timing.acknowledged_s)
+            for transfer_id in report.sent:
+                if (ticket := self._tickets.get(transfer_id)) is not None:
+                    self._sent(ticket, report.rank)
+            for transfer_id, reason in report.send_failed:
+                if (ticket := self._tickets.get(transfer_id)) is not None:
+                    self._drop(ticket, Event.FAIL, reason, tell=True)
+        self._ranks_busy = busy
+
+    def released(self, request_id: str) -> None:
+        """The ranks released a held request; the engine frees its blocks."""
+        ticket = self._by_request.get(request_id)
+        if ticket is not None:
+            ticket.holding = False
+            self._forget_if_over(ticket)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the engine must go on stepping although it has no request to compute."""
+        return bool(self._commands) or self._ranks_busy or any(
+            ticket.holding or ticket.state in LOADING for ticket in self._tickets.values()
+        )
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether ended requests keep blocks that will be free soon."""
+        return any(ticket.holding for ticket in self._tickets.values())
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _sent(self, ticket: _Ticket, rank: int) -> None:
+        ticket.sent_ranks.add(rank)
+        if len(ticket.sent_ranks) == self._ranks and ticket.state in LOADING:
+            ticket.state = advance(ticket.state, Event.COMPLETE)
+            self.totals["sent"] += 1
+            self._forget_if_over(ticket)
+
+    def _is_staged(self, ticket: _Ticket) -> bool:
+        return len(ticket.staged_ranks) == self._ranks
+
+    def _held_tokens(self) -> int:
+        return sum(t.computed_tokens for t in self._tickets.values() if t.holding)
+
+    def _drop(self, ticket: _Ticket, event: Event, reason: str, *, tell: bool) -> None:
+        if ticket.state in OVER:
+            return
+        ticket.state = advance(ticket.state, event)
+        ticket.failure = reason
+        self.drops[reason] += 1
+        self._commands.append(DropSend(ticket.offer.transfer_id, reason))
+        if tell:
+            self._port.cancel(ticket.offer.transfer_id, ticket.offer.peer, reason)
+        self._forget_if_over(ticket)
+
+    def _forget_if_over(self, ticket: _Ticket) -> None:
+        """A ticket stays as long as the engine may still ask about its request."""
+        if ticket.state not in OVER or ticket.holding or (ticket.request_id and not ticket.request_ended_s):
+            return
+        if self._tickets.pop(ticket.offer.transfer_id, None) is None:
+            return
+        self._by_request.pop(ticket.request_id, None)
+        self.recent.append(self._describe(ticket))
+
+    def _drain(self) -> None:
+        for event in self._port.drain():
+            match event:
+                case PeerJoined(add):
+                    self._peers[add.peer] = add
+                    self._commands.append(add)
+                case PeerLeft(peer, reason):
+                    if self._peers.pop(peer, None) is not None:
+                        self._commands.append(RemovePeer(peer))
+                    for ticket in list(self._tickets.values()):
+                        if ticket.offer.peer == peer:
+                            self._drop(ticket, Event.PEER_LOST, reason, tell=False)
+                case TicketOffered():
+                    self._tickets[event.transfer_id] = _Ticket(event, self._clock())
+                    self.totals["offered"] += 1
+                case TicketReady():
+                    self._ready(event)
+                case TicketCancelled(transfer_id, reason):
+                    if (ticket_or_none := self._tickets.get(transfer_id)) is not None:
+                        self._drop(ticket_or_none, Event.ABORT, reason, tell=False)
+
+    def _ready(self, event: TicketReady) -> None:
+        ticket = self._tickets.get(event.transfer_id)
+        if ticket is None or ticket.state in OVER or ticket.opened:
+            return
+        if not 0 <= event.first_token < event.end_token <= ticket.offer.prompt_tokens:
+            self._drop(ticket, Event.FAIL, "bad_range", tell=True)
+            return
+        ticket.state = advance(ticket.state, Event.READY)
+        ticket.opened = True
+        self._commands.append(
+            OpenSend(
+                transfer_id=event.transfer_id,
+                nonce=ticket.offer.nonce,
+                peer=ticket.offer.peer,
+                first_token=event.first_token,
+                end_token=event.end_token,
+                codec=ticket.offer.codec,
+            )
+        )
+
+    def _describe(self, ticket: _Ticket) -> dict[str, object]:
+        return {
+            "request_id": ticket.request_id,
+            "transfer_id": ticket.offer.transfer_id.hex(),
+            "state": ticket.state.value,
+            "peer": ticket.offer.peer,
+            "failure": ticket.failure,
+            "prompt_tokens": ticket.offer.prompt_tokens,
+            "offered_s": ticket.offered_s,
+            "started_s": ticket.started_s,
+            "last_computed_s": ticket.last_computed_s,
+            "acknowledged_s": ticket.acknowledged_s,
+            "chunks": ticket.chunks,
+            "wire_bytes": ticket.wire_bytes,
+        }
+
+    def snapshot(self) -> dict[str, object]:
+        """The debug view; may be called from another thread (reads only, copies first)."""
+        tickets = list(self._tickets.values())
+        return {
+            "totals": dict(self.totals),
+            "drops": dict(self.drops),
+            "open": [self._describe(t) for t in tickets],
+            "held_requests": sum(t.holding for t in tickets),
+            "held_tokens": sum(t.computed_tokens for t in tickets if t.holding),
+            "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
+            "recent": list(self.recent),
+            "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
+        }

@@ -1,0 +1,217 @@
+"""Everything of the plugin that does I/O in a scheduler process, put together: thread, sockets, both roles' halves."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq.asyncio
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.channel import ChannelState, SideChannelClient, SideChannelServer, check_exposure
+from disagg_plugin.control.compatibility import Party
+from disagg_plugin.control.io_thread import IoThread
+from disagg_plugin.control.keys import KeyRing
+from disagg_plugin.control.messages import (
+    PROTOCOL_VERSION,
+    AnyMessage,
+    Hello,
+    ModelIdentity,
+    Snapshot,
+    SnapshotRequest,
+    Welcome,
+)
+from disagg_plugin.control.prefill_service import PrefillService
+from disagg_plugin.control.prefill_workers import PrefillWorkers
+from disagg_plugin.kv.commands import RankEndpoint
+from disagg_plugin.kv.geometry import KVGeometry
+
+logger = logging.getLogger(__name__)
+
+FEATURES: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What this engine tells its peers about itself.
+
+    Attributes:
+        dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
+        max_prompt_tokens: Longest prompt that still leaves room for one output token.
+    """
+
+    model: ModelIdentity
+    geometry: KVGeometry
+    endpoints: tuple[RankEndpoint, ...]
+    max_prompt_tokens: int
+    dp_rank: int = 0
+
+
+class ControlService:
+    """The side channel and the offload calls of one scheduler process."""
+
+    def __init__(self, settings: DisaggSettings, facts: EngineFacts, *, snapshot: Callable[[], dict[str, object]]) -> None:
+        channel = settings.side_channel
+        self._settings = settings
+        self._snapshot = snapshot
+        self._io = IoThread()
+        self._keys = KeyRing.load(Path(channel.keys_dir)) if channel.keys_dir else None
+        check_exposure(channel.host, self._keys, insecure=channel.insecure)
+        self._context: zmq.asyncio.Context | None = None
+        self.port = channel.port + facts.dp_rank if channel.port else 0
+        self.engine = f"{socket.gethostname()}:{self.port}"
+        self.epoch = time.time_ns()
+        self._server: SideChannelServer | None = None
+        self.prefill: PrefillService | None = None
+        self.decode: PrefillWorkers | None = None
+        if settings.role in ("prefill", "both"):
+            self.prefill = self._prefill_service(facts)
+        if settings.role in ("decode", "both"):
+            self.decode = self._prefill_workers(facts)
+
+    def start(self) -> None:
+        """Bind, connect, and return once the side channel listens.
+
+        Raises:
+            ConfigError: The port is in use, or a key is unusable.
+        """
+        self._io.start(self._open)
+
+    def close(self) -> None:
+        """End the thread and every socket; idempotent."""
+        self._io.close(self._close)
+
+    async def _open(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._server = SideChannelServer(
+            host=self._settings.side_channel.host,
+            port=self.port,
+            keys=self._keys,
+            on_message=self._on_message,
+            context=self._context,
+        )
+        self.port = await self._server.start()
+        if self.decode is not None:
+            await self.decode.start()
+        self._io.spawn(self._sweep())
+
+    async def _close(self) -> None:
+        if self.decode is not None:
+            await self.decode.close()
+        if self._server is not None:
+            await self._server.close()
+        if self._context is not None:
+            self._context.term()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.side_channel.heartbeat_s)
+            if self.prefill is not None:
+                self.prefill.sweep()
+            if self.decode is not None:
+                self.decode.sweep()
+
+    def _on_message(self, identity: bytes, message: AnyMessage) -> None:
+        if isinstance(message, SnapshotRequest):
+            self._send(identity, Snapshot(json.dumps(self.snapshot(), default=str)))
+        elif self.prefill is not None:
+            self.prefill.on_message(identity, message)
+
+    def _send(self, identity: bytes, message: AnyMessage) -> None:
+        if self._server is not None:
+            self._server.send(identity, message)
+
+    def snapshot(self) -> dict[str, object]:
+        """The debug view of the whole process."""
+        view = {
+            "engine": self.engine,
+            "epoch": self.epoch,
+            "role": self._settings.role,
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            **self._snapshot(),
+        }
+        if self._server is not None:
+            view["side_channel"] = dict(self._server.counters)
+        if self.prefill is not None:
+            view["prefill_service"] = dict(self.prefill.counters)
+        if self.decode is not None:
+            view["prefill_workers"] = self.decode.snapshot()
+        return view
+
+    def _prefill_service(self, facts: EngineFacts) -> PrefillService:
+        slot_bytes = facts.endpoints[0].slot_bytes
+        return PrefillService(
+            self._settings,
+            Welcome(
+                protocol=PROTOCOL_VERSION,
+                features=FEATURES,
+                engine=self.engine,
+                epoch=self.epoch,
+                model=facts.model,
+                geometry=facts.geometry,
+                endpoints=facts.endpoints,
+                max_prompt_tokens=facts.max_prompt_tokens,
+                prefill_queue_max=self._settings.split_policy.prefill_queue_max,
+            ),
+            Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints), slot_bytes),
+            send=self._send,
+            post=self._io.post,
+        )
+
+    def _prefill_workers(self, facts: EngineFacts) -> PrefillWorkers:
+        def make_client(**details: object) -> SideChannelClient:
+            return SideChannelClient(keys=self._keys, context=self._context, **details)  # type: ignore[arg-type]
+
+        return PrefillWorkers(
+            self._settings,
+            Hello(
+                protocol=PROTOCOL_VERSION,
+                features=FEATURES,
+                engine=self.engine,
+                epoch=self.epoch,
+                model=facts.model,
+                geometry=facts.geometry,
+                endpoints=facts.endpoints,
+                region_first_slot=0,
+                region_slots=self._settings.transfer.region_slots,
+            ),
+            make_client=make_client,
+            post=self._io.post,
+        )
+
+
+async def fetch_snapshot(host: str, port: int, keys: KeyRing | None, *, timeout_s: float = 5.0) -> dict[str, object]:
+    """The debug view of a running engine, over its side channel.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+    """
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def on_message(message: AnyMessage) -> None:
+        if isinstance(message, Snapshot) and not answer.done():
+            answer.set_result(message.json)
+
+    def on_state(state: ChannelState, _reason: str) -> None:
+        if state is ChannelState.UP:
+            client.send(SnapshotRequest())
+
+    client = SideChannelClient(
+        host=host,
+        port=port,
+        keys=keys,
+        identity=f"snapshot-{time.time_ns()}".encode(),
+        on_message=on_message,
+        on_state=on_state,
+    )
+    await client.start()
+    try:
+        view: dict[str, object] = json.loads(await asyncio.wait_for(answer, timeout_s))
+        return view
+    finally:
+        await client.close()

@@ -1,0 +1,91 @@
+"""Life of one transfer as a table of states and events; no I/O, no clock, the same on both sides.
+
+    OFFERED ──accept──▶ ACCEPTED ──start──▶ STARTED ──ready──▶ READY ──chunk──▶ STREAMING ──complete──▶ LANDED
+       │                    │                  │                 │                  │
+       └────────────────────┴──── fail, abort, deadline, peer_lost ─────────────────┴──────────────▶ ABANDONED
+
+The classical flow enters at HELD (KV is complete on the prefill side before a decode engine is known) and goes on
+with READY. LANDED and ABANDONED absorb every later event: late messages are normal, acting on them is not.
+"""
+
+import enum
+
+from disagg_plugin.errors import DisaggError
+
+
+class State(enum.Enum):
+    """Where a transfer stands."""
+
+    OFFERED = "offered"
+    ACCEPTED = "accepted"
+    STARTED = "started"
+    HELD = "held"
+    READY = "ready"
+    STREAMING = "streaming"
+    LANDED = "landed"
+    ABANDONED = "abandoned"
+
+
+class Event(enum.Enum):
+    """What can happen to it."""
+
+    ACCEPT = "accept"
+    START = "start"
+    READY = "ready"
+    CHUNK = "chunk"
+    COMPLETE = "complete"
+    FAIL = "fail"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    PEER_LOST = "peer_lost"
+
+
+class IllegalTransition(DisaggError):
+    """A peer, or we ourselves, did something that the protocol does not know in this state."""
+
+
+ENDINGS = {event: State.ABANDONED for event in (Event.FAIL, Event.ABORT, Event.DEADLINE, Event.PEER_LOST)}
+
+# START may overtake ACCEPT (it comes from another thread of the peer); READY may precede START when the prefill
+# side announced a start within ``alloc_lead_s``; a transfer of one chunk completes without a separate CHUNK.
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    State.OFFERED: {Event.ACCEPT: State.ACCEPTED, Event.START: State.STARTED, **ENDINGS},
+    State.ACCEPTED: {Event.START: State.STARTED, Event.READY: State.READY, **ENDINGS},
+    State.STARTED: {
+        Event.ACCEPT: State.STARTED,
+        Event.START: State.STARTED,
+        Event.READY: State.READY,
+        **ENDINGS,
+    },
+    State.HELD: {Event.READY: State.READY, **ENDINGS},
+    State.READY: {
+        Event.ACCEPT: State.READY,
+        Event.START: State.READY,
+        Event.CHUNK: State.STREAMING,
+        Event.COMPLETE: State.LANDED,
+        **ENDINGS,
+    },
+    State.STREAMING: {
+        Event.START: State.STREAMING,
+        Event.CHUNK: State.STREAMING,
+        Event.COMPLETE: State.LANDED,
+        **ENDINGS,
+    },
+    State.LANDED: dict.fromkeys(Event, State.LANDED),
+    State.ABANDONED: dict.fromkeys(Event, State.ABANDONED),
+}
+
+OVER = frozenset({State.LANDED, State.ABANDONED})
+LOADING = frozenset({State.READY, State.STREAMING})
+
+
+def advance(state: State, event: Event) -> State:
+    """The state after ``event``.
+
+    Raises:
+        IllegalTransition: The table has no such transition.
+    """
+    try:
+        return TRANSITIONS[state][event]
+    except KeyError:
+        raise IllegalTransition(f"{event.name} is not possible in state {state.name}") from None

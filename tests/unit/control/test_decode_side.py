@@ -1,0 +1,277 @@
+"""The decode role: what it answers the engine's scheduler, and that each offloaded request ends exactly once."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.events import (
+    DecodeEvent,
+    PeerJoined,
+    PeerLeft,
+    PrefillAccepted,
+    PrefillEnded,
+    PrefillFailed,
+    PrefillStarted,
+)
+from disagg_plugin.kv.commands import AbandonReceive, AddPeer, OpenReceive, RankReport, RemovePeer
+from disagg_policies.offload import WorkerState
+
+LONG = PromptView("r1", tuple(range(1_000)))
+ROOM = 100_000
+PEER = AddPeer("p:1", 1, (), 0, 8, receives=True)
+
+
+class FakePort:
+    """The I/O thread's side, without threads or sockets."""
+
+    def __init__(self) -> None:
+        self.states = [WorkerState("p:1", healthy=True, queued_requests=0, max_prompt_tokens=4_000)]
+        self.offers: list[OfferCall] = []
+        self.sent: list[tuple[str, ...]] = []
+        self.events: list[DecodeEvent] = []
+
+    def workers(self) -> Sequence[WorkerState]:
+        return self.states
+
+    def offer(self, call: OfferCall) -> None:
+        self.offers.append(call)
+
+    def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None:
+        self.sent.append(("ready", peer, f"{first_token}-{end_token}"))
+
+    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
+        self.sent.append(("cancel", peer, reason))
+
+    def drain(self) -> Iterable[DecodeEvent]:
+        events, self.events = self.events, []
+        return events
+
+
+class Bench:
+    """One decode side with a hand-driven clock."""
+
+    def __init__(self, capacity_tokens: int = 10_000) -> None:
+        self.now = 100.0
+        self.port = FakePort()
+        self.side = DecodeSide(
+            DisaggSettings(role="decode"),
+            self.port,
+            engine="d:1",
+            kv_capacity_tokens=capacity_tokens,
+            clock=lambda: self.now,
+        )
+
+    def match(self, prompt: PromptView = LONG, cached: int = 0, free: int = ROOM) -> object:
+        return self.side.match(prompt, cached, free_tokens=free)
+
+    @property
+    def transfer_id(self) -> bytes:
+        return self.port.offers[-1].transfer_id
+
+    def accepted(self, eta_s: float = 0.0) -> None:
+        self.port.events.append(PrefillAccepted(self.transfer_id, "p:1", eta_s))
+
+    def loading(self, prompt: PromptView = LONG) -> None:
+        """Bring a request to the point where its blocks wait for KV."""
+        assert self.match(prompt) == NotYet()
+        self.accepted()
+        claim = self.match(prompt)
+        assert isinstance(claim, Claim)
+        self.side.allocated(prompt.request_id, (1, 2, 3), claim.tokens)
+        self.side.step()
+
+
+def test_a_short_prompt_stays_local_and_is_decided_once() -> None:
+    bench = Bench()
+    short = PromptView("s", tuple(range(10)))
+    assert bench.match(short) == PrefillLocally("short_prompt")
+    assert bench.match(short) == PrefillLocally("short_prompt")
+    assert bench.side.decisions["short_prompt"] == 1
+    assert not bench.port.offers
+
+
+def test_a_request_that_must_stay_local_is_never_offered() -> None:
+    bench = Bench()
+    assert bench.match(replace(LONG, local_only="prompt_logprobs")) == PrefillLocally("prompt_logprobs")
+    assert not bench.port.offers
+
+
+def test_an_accepted_offer_is_claimed_up_to_the_token_before_the_last() -> None:
+    bench = Bench()
+    assert bench.match(cached=64) == NotYet()
+    bench.accepted()
+    assert bench.match(cached=64) == Claim(1_000 - 1 - 64)
+    assert bench.match(cached=64) == Claim(1_000 - 1 - 64), "the engine asks again after a failed allocation"
+    bench.side.allocated("r1", (5, 6), 935)
+    assert ("ready", "p:1", "64-999") in bench.port.sent
+    (opened,) = bench.side.step()
+    assert isinstance(opened, OpenReceive)
+    assert (opened.first_token, opened.end_token, opened.block_ids) == (64, 999, (5, 6))
+
+
+def test_a_queued_prefill_holds_nothing_until_it_starts() -> None:
+    bench = Bench()
+    bench.match()
+    bench.accepted(eta_s=3.0)
+    assert bench.match() == NotYet()
+    bench.port.events.append(PrefillStarted(bench.transfer_id))
+    assert bench.match() == Claim(999)
+
+
+def test_a_claim_waits_for_room_instead_of_blocking_the_engine() -> None:
+    bench = Bench()
+    bench.match()
+    bench.accepted()
+    assert bench.match(free=500) == NotYet()
+    assert bench.match(free=1_000) == Claim(999)
+
+
+def test_transfers_under_way_hold_at_most_their_share_of_the_cache() -> None:
+    bench = Bench(capacity_tokens=3_000)
+    bench.loading()
+    second = PromptView("r2", tuple(range(1_000)))
+    assert bench.match(second) == NotYet()
+    bench.accepted()
+    assert bench.match(second) == NotYet(), "999 held + 999 > half of 3,000"
+    bench.side.load_completed("r1")
+    assert bench.match(second) == Claim(999)
+
+
+def test_one_transfer_is_let_in_even_if_it_exceeds_the_share() -> None:
+    bench = Bench(capacity_tokens=1_100)
+    bench.match()
+    bench.accepted()
+    assert bench.match() == Claim(999)
+
+
+@pytest.mark.parametrize("reason", ["refused_queue_full", "http_503", "http_unreachable", "offer_timeout"])
+def test_a_failed_offer_is_prefilled_locally(reason: str) -> None:
+    bench = Bench()
+    bench.match()
+    bench.port.events.append(PrefillFailed(bench.transfer_id, reason))
+    assert bench.match() == PrefillLocally(reason)
+    assert bench.side.fallbacks[reason] == 1
+    assert len(bench.port.offers) == 1
+
+
+@pytest.mark.parametrize(
+    ("accepted", "patience_s", "reason"),
+    [
+        pytest.param(False, 3.0, "timeout_offered", id="no answer"),
+        pytest.param(True, 70.0, "timeout_accepted", id="never started"),
+    ],
+)
+def test_silence_ends_in_local_prefill(accepted: bool, patience_s: float, reason: str) -> None:
+    bench = Bench()
+    bench.match()
+    if accepted:
+        bench.accepted(eta_s=1.0)
+        assert bench.match() == NotYet()
+    bench.now += patience_s
+    assert bench.match() == PrefillLocally(reason)
+
+
+def test_a_landed_request_is_not_offered_again_after_a_preemption() -> None:
+    bench = Bench()
+    bench.loading()
+    bench.side.load_completed("r1")
+    assert bench.side.totals["landed"] == 1
+    assert bench.match() == PrefillLocally("already_loaded")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(lambda b: b.port.events.append(PeerLeft("p:1", "peer_lost")), id="peer lost"),
+        pytest.param(lambda b: b.port.events.append(PrefillFailed(b.transfer_id, "hold_expired")), id="peer gives up"),
+        pytest.param(lambda b: b.side.reports([RankReport(0, receive_failed=(("r1", "stalled"),))]), id="a rank fails"),
+        pytest.param(lambda b: setattr(b, "now", b.now + 1_000), id="deadline"),
+        pytest.param(lambda b: b.side.finished("r1"), id="client aborts"),
+    ],
+)
+def test_trouble_while_loading_is_told_to_the_ranks_once(trouble: object) -> None:
+    bench = Bench()
+    bench.port.events.append(PeerJoined(PEER))
+    bench.loading()
+    assert callable(trouble)
+    trouble(bench)
+    commands = bench.side.step() + bench.side.step()
+    assert sum(isinstance(c, AbandonReceive) for c in commands) == 1
+    assert bench.side.snapshot()["held_tokens"] == 999, "blocks are held until the ranks have reported"
+    bench.side.load_completed("r1")
+    bench.side.finished("r1")
+    assert bench.side.snapshot()["held_tokens"] == 0
+    assert bench.side.snapshot()["tracked_requests"] == 0
+
+
+def test_peers_are_announced_to_the_ranks_and_removed() -> None:
+    bench = Bench()
+    bench.port.events += [PeerJoined(PEER), PeerLeft("p:1", "peer_restarted"), PeerJoined(replace(PEER, epoch=2))]
+    assert bench.side.step() == [PEER, RemovePeer("p:1"), replace(PEER, epoch=2)]
+
+
+def test_an_abort_before_anything_was_held_cancels_the_offer() -> None:
+    bench = Bench()
+    bench.match()
+    bench.side.finished("r1")
+    assert bench.port.sent == [("cancel", "", "aborted")]
+    assert bench.side.snapshot()["tracked_requests"] == 0
+    bench.port.events.append(PrefillStarted(bench.transfer_id))
+    assert bench.side.step() == []
+
+
+ACTIONS = st.sampled_from(
+    ["match", "accept", "start", "ended", "fail", "lost", "alloc", "step", "rank_fails", "complete", "finish", "wait"]
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(ACTIONS, min_size=4, max_size=30))
+def test_in_any_order_of_events_nothing_leaks_and_the_ranks_hear_one_end(actions: list[str]) -> None:
+    bench = Bench()
+    bench.port.events.append(PeerJoined(PEER))
+    commands: list[object] = []
+    claimed = opened = completed = finished = False
+    for action in actions:
+        known = bool(bench.port.offers)
+        if action == "match" and not finished and not (opened and not completed):
+            claimed = isinstance(bench.match(), Claim)
+        elif action == "accept" and known:
+            bench.accepted(eta_s=1.0)
+        elif action == "start" and known:
+            bench.port.events += [PrefillAccepted(bench.transfer_id, "p:1", 0.0), PrefillStarted(bench.transfer_id)]
+        elif action == "ended" and known:
+            bench.port.events.append(PrefillEnded(bench.transfer_id))
+        elif action == "fail" and known:
+            bench.port.events.append(PrefillFailed(bench.transfer_id, "http_500"))
+        elif action == "lost":
+            bench.port.events.append(PeerLeft("p:1", "peer_lost"))
+        elif action == "alloc" and claimed and not finished:
+            bench.side.allocated("r1", (1,), 999)
+            opened, claimed = True, False
+        elif action == "step":
+            commands += bench.side.step()
+        elif action == "rank_fails" and opened:
+            bench.side.reports([RankReport(0, receive_failed=(("r1", "bad_chunk"),))])
+        elif action == "complete" and opened and not completed:
+            bench.side.load_completed("r1")
+            completed = True
+        elif action == "finish" and not finished:
+            bench.side.finished("r1")
+            finished = True
+        elif action == "wait":
+            bench.now += 10.0
+    if opened and not completed:
+        bench.side.load_completed("r1")
+    if not finished:
+        bench.side.finished("r1")
+    commands += bench.side.step()
+    assert sum(isinstance(c, OpenReceive) for c in commands) == opened
+    assert sum(isinstance(c, AbandonReceive) for c in commands) <= opened
+    view = bench.side.snapshot()
+    assert (view["held_tokens"], view["tracked_requests"], view["open"]) == (0, 0, [])
