@@ -11,17 +11,12 @@ FLOAT_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """What one side of a handshake says about itself.
-
-    Attributes:
-        slot_bytes: Size of the slots of its landing ring, which the other side mirrors.
-    """
+    """What one side of a handshake says about itself."""
 
     protocol: int
     model: ModelIdentity
     geometry: KVGeometry
     tensor_parallel: int
-    slot_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,7 @@ class Mismatch:
 def find_mismatch(ours: Party, theirs: Party) -> Mismatch | None:
     """The first thing that forbids an exchange, or None.
 
-    Block size, cache layout and the float dtype of the cache may differ: the wire form depends on none of them.
+    Block size, cache layout, slot size and the float dtype of the cache may differ: the wire form depends on none of them.
     A quantized cache travels as it is and therefore needs the same dtype on both sides.
     """
     if theirs.protocol < OLDEST_PROTOCOL:
@@ -52,7 +47,6 @@ def find_mismatch(ours: Party, theirs: Party) -> Mismatch | None:
         ("head_dim", ours.geometry.head_dim, theirs.geometry.head_dim),
         ("sides", ours.geometry.sides, theirs.geometry.sides),
         ("tensor_parallel", ours.tensor_parallel, theirs.tensor_parallel),
-        ("slot_bytes", ours.slot_bytes, theirs.slot_bytes),
     ]
     if not {ours.geometry.dtype, theirs.geometry.dtype} <= FLOAT_DTYPES:
         checks.append(("kv_dtype", ours.geometry.dtype, theirs.geometry.dtype))

@@ -141,13 +141,7 @@ class PrefillService:
                 self._events.append(TicketCancelled(transfer_id, "prompt_never_came"))
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        theirs = Party(
-            hello.protocol,
-            hello.model,
-            hello.geometry,
-            tensor_parallel=len(hello.endpoints),
-            slot_bytes=hello.endpoints[0].slot_bytes if hello.endpoints else 0,
-        )
+        theirs = Party(hello.protocol, hello.model, hello.geometry, tensor_parallel=len(hello.endpoints))
         mismatch = find_mismatch(self._party, theirs)
         if mismatch is not None:
             self.counters["rejected_peers"] += 1

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import zmq.asyncio
+import zmq
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.channel import ChannelState, SideChannelClient, SideChannelServer, check_exposure
@@ -61,8 +62,8 @@ class ControlService:
         self._snapshot = snapshot
         self._io = IoThread()
         self._keys = KeyRing.load(Path(channel.keys_dir)) if channel.keys_dir else None
-        check_exposure(channel.host, self._keys, insecure=channel.insecure)
-        self._context: zmq.asyncio.Context | None = None
+        check_exposure(channel.host, self._keys, channel.insecure)
+        self._context: zmq.Context[Any] | None = None
         self.port = channel.port + facts.dp_rank if channel.port else 0
         self.engine = f"{socket.gethostname()}:{self.port}"
         self.epoch = time.time_ns()
@@ -87,7 +88,7 @@ class ControlService:
         self._io.close(self._close)
 
     async def _open(self) -> None:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context(io_threads=1)  # own: LMCache and the engine have theirs
         self._server = SideChannelServer(
             host=self._settings.side_channel.host,
             port=self.port,
@@ -144,7 +145,6 @@ class ControlService:
         return view
 
     def _prefill_service(self, facts: EngineFacts) -> PrefillService:
-        slot_bytes = facts.endpoints[0].slot_bytes
         return PrefillService(
             self._settings,
             Welcome(
@@ -158,7 +158,7 @@ class ControlService:
                 max_prompt_tokens=facts.max_prompt_tokens,
                 prefill_queue_max=self._settings.split_policy.prefill_queue_max,
             ),
-            Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints), slot_bytes),
+            Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,
             post=self._io.post,
         )

@@ -53,7 +53,7 @@ class Reader:
     def close(self) -> None:
         if not self.socket.closed:
             self._loop.remove_reader(self._descriptor)
-            if self.socket.socket_type in (zmq.ROUTER, zmq.DEALER):
+            if self.socket.type in (zmq.ROUTER, zmq.DEALER):
                 self.socket.monitor(None, 0)
             self.socket.close(linger=0)
 

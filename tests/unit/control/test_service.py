@@ -1,0 +1,265 @@
+"""Two scheduler processes' control planes, real sockets on loopback: handshake, offer, prompt over HTTP, ready, cancel."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from disagg_plugin.config import DisaggSettings, load_settings
+from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.load import Load
+from disagg_plugin.control.messages import ModelIdentity
+from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.service import ControlService, EngineFacts, fetch_snapshot
+from disagg_plugin.kv.commands import AddPeer, OpenReceive, OpenSend, RankEndpoint
+from disagg_plugin.kv.geometry import KVGeometry
+
+GEOMETRY = KVGeometry(layers=4, kv_heads=2, head_dim=64, dtype="float32")
+FACTS = EngineFacts(
+    model=ModelIdentity("config-a", "weights-a", "tiny"),
+    geometry=GEOMETRY,
+    endpoints=(RankEndpoint(0, "agent", b"metadata", 4096, 1 << 20, 16),),
+    max_prompt_tokens=4_000,
+)
+PROMPT = PromptView("r1", tuple(range(1_000)), http_fields=(("cache_salt", "s"),))
+
+
+class HttpPrefill:
+    """A stand-in for the prefill engine's HTTP API: records bodies, answers when told to."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, object]] = []
+        self.arrived = threading.Event()
+        self.may_answer = threading.Event()
+        self.status = 200
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                outer.arrived.set()
+                outer.may_answer.wait(10)
+                self.send_response(outer.status)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.may_answer.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait for another thread's effect."""
+    for _ in range(int(within_s / 0.01)):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("not in time")
+
+
+class Pair:
+    """A prefill and a decode control plane, and both roles on top of them."""
+
+    def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
+        self.http = http
+        self.port = free_port()
+        common = {"split_policy": {"prefill_queue_max": queue_max}, "transfer": {"offer_timeout_s": 0.5}}
+        channel = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
+        p_settings = load_settings({"role": "prefill", "side_channel": {"port": self.port, **channel}, **common})
+        worker = {"url": http.url, "side_channel": f"127.0.0.1:{self.port}"}
+        d_settings = load_settings(
+            {"role": "decode", "side_channel": {"port": 0, **channel}, "prefill_workers": [worker], **common}
+        )
+        self.p_service = self.service(p_settings, prefill_facts)
+        self.d_service = self.service(d_settings, FACTS)
+        assert self.p_service.prefill is not None
+        assert self.d_service.decode is not None
+        self.prefill = PrefillSide(p_settings, self.p_service.prefill, ranks=1, kv_capacity_tokens=10_000)
+        self.decode = DecodeSide(d_settings, self.d_service.decode, engine="d", kv_capacity_tokens=10_000)
+
+    @staticmethod
+    def service(settings: DisaggSettings, facts: EngineFacts) -> ControlService:
+        service = ControlService(settings, facts, snapshot=dict)
+        service.start()
+        return service
+
+    def met(self) -> bool:
+        return self.d_service.decode is not None and any(w.healthy for w in self.d_service.decode.workers())
+
+    def match(self) -> object:
+        return self.decode.match(PROMPT, 0, free_tokens=10_000)
+
+    def offloading(self) -> bytes:
+        """Offer the prompt and wait until it arrived over HTTP; the transfer id in it."""
+        eventually(self.met)
+        assert self.match() == NotYet()
+        assert self.http.arrived.wait(10)
+        params = self.http.bodies[-1]["kv_transfer_params"]
+        assert isinstance(params, dict)
+        return bytes.fromhex(params["disagg"]["transfer_id"])
+
+    def close(self) -> None:
+        self.d_service.close()
+        self.p_service.close()
+
+
+@pytest.fixture
+def http() -> Iterator[HttpPrefill]:
+    server = HttpPrefill()
+    yield server
+    server.close()
+
+
+@contextmanager
+def running(pair: Pair) -> Iterator[Pair]:
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+def test_a_prompt_goes_all_the_way_to_open_on_both_sides(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        transfer_id = pair.offloading()
+        body = http.bodies[-1]
+        assert (body["prompt"], body["max_tokens"], body["cache_salt"]) == (list(range(1_000)), 1, "s")
+        assert body["kv_transfer_params"] == {"disagg": {"transfer_id": transfer_id.hex()}}, "nothing else of ours"
+        assert pair.prefill.new_request("p-1", transfer_id, 1_000)
+        eventually(lambda: isinstance(pair.match(), Claim))
+        pair.decode.allocated("r1", (1, 2), 999)
+        joined, opened = pair.decode.step()
+        assert isinstance(joined, AddPeer)
+        assert joined.receives
+        assert isinstance(opened, OpenReceive)
+        pair.prefill.scheduled("p-1", 512, [7])
+        commands: list[object] = []
+
+        def is_open() -> bool:
+            commands.extend(pair.prefill.step())
+            return any(isinstance(c, OpenSend) for c in commands)
+
+        eventually(is_open)
+        (send,) = [c for c in commands if isinstance(c, OpenSend)]
+        assert (send.transfer_id, send.nonce) == (transfer_id, opened.nonce), "the ticket travelled by the side channel"
+        assert (send.first_token, send.end_token, send.codec) == (0, 999, "raw")
+
+
+def test_a_full_queue_refuses_without_any_http(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        eventually(pair.met)
+        assert pair.p_service.prefill is not None
+        pair.p_service.prefill.publish(Load(queued_requests=8), 0.0)
+        assert pair.match() == NotYet()
+        eventually(lambda: pair.match() == PrefillLocally("refused_queue_full"))
+        assert http.bodies == []
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 503])
+def test_an_http_error_is_a_fallback_with_its_status(http: HttpPrefill, status: int) -> None:
+    http.status = status
+    http.may_answer.set()
+    with running(Pair(http)) as pair:
+        pair.offloading()
+        eventually(lambda: pair.decode.fallbacks[f"http_{status}"] == 1 or pair.match() == PrefillLocally(f"http_{status}"))
+
+
+def test_an_abort_on_decode_cancels_on_prefill_and_closes_the_connection(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        transfer_id = pair.offloading()
+        pair.prefill.new_request("p-1", transfer_id, 1_000)
+        pair.decode.finished("r1")
+        eventually(lambda: pair.prefill.step() is not None and pair.prefill.drops["aborted"] == 1)
+        eventually(lambda: pair.d_service.decode is not None and pair.d_service.decode.snapshot()["calls"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        pytest.param(replace(FACTS, model=ModelIdentity("config-a", "weights-b")), "weights_digest", id="weights"),
+        pytest.param(replace(FACTS, model=ModelIdentity("config-b", "weights-a")), "config_fingerprint", id="config"),
+        pytest.param(replace(FACTS, geometry=replace(GEOMETRY, layers=5)), "layers", id="layers"),
+        pytest.param(
+            replace(FACTS, geometry=replace(GEOMETRY, dtype="float8_e4m3fn")), "kv_dtype", id="quantized cache on one side"
+        ),
+    ],
+)
+def test_engines_that_do_not_fit_refuse_each_other_once_naming_both_values(
+    http: HttpPrefill, caplog: pytest.LogCaptureFixture, facts: EngineFacts, reason: str
+) -> None:
+    with running(Pair(http, facts)) as pair:
+        links = pair.d_service.decode
+        assert links is not None
+        eventually(lambda: links.counters[f"rejected_{reason}"] > 0)
+        assert pair.match() == PrefillLocally("no_healthy_worker")
+        threading.Event().wait(0.5)  # several heartbeats: it must not ask again
+        assert links.counters[f"rejected_{reason}"] == 1
+    (line,) = [r.getMessage() for r in caplog.records if f"{reason} differs" in r.getMessage() and "refused" in r.getMessage()]
+    assert "ours" in line
+    assert "theirs" in line
+
+
+def test_different_float_dtypes_fit(http: HttpPrefill) -> None:
+    with running(Pair(http, replace(FACTS, geometry=replace(GEOMETRY, dtype="bfloat16")))) as pair:
+        eventually(pair.met)
+
+
+def test_a_restarted_prefill_engine_is_met_again_and_its_transfers_are_repaired(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        pair.offloading()
+        pair.p_service.close()
+        eventually(lambda: isinstance(pair.match(), PrefillLocally))
+        eventually(lambda: not pair.met())
+        pair.p_service = pair.service(
+            load_settings({"role": "prefill", "side_channel": {"port": pair.port}}), FACTS
+        )
+        eventually(pair.met)
+        epochs = [c.epoch for c in pair.decode.step() if isinstance(c, AddPeer)]
+        assert epochs[-1] == pair.p_service.epoch
+
+
+def test_a_silent_decode_engine_is_forgotten_by_prefill(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        transfer_id = pair.offloading()
+        pair.prefill.new_request("p-1", transfer_id, 1_000)
+        pair.d_service.close()
+        eventually(lambda: pair.prefill.step() is not None and pair.prefill.drops.total() == 1)
+
+
+def test_the_debug_view_is_served_to_anyone_with_the_keys(http: HttpPrefill) -> None:
+    import asyncio
+
+    with running(Pair(http)) as pair:
+        view = asyncio.run(fetch_snapshot("127.0.0.1", pair.d_service.port, None))
+        assert view["role"] == "decode"
+        assert "disagg-io" in view["threads"]
+
+
+def test_a_port_in_use_is_one_line_that_names_the_setting(http: HttpPrefill) -> None:
+    from disagg_plugin.errors import ConfigError
+
+    with running(Pair(http)) as pair:
+        again = load_settings({"role": "prefill", "side_channel": {"port": pair.port}})
+        with pytest.raises(ConfigError, match=r"side_channel\.port"):
+            Pair.service(again, FACTS)
