@@ -13,6 +13,7 @@ needed, and no cache layout is required (canonical KV does not depend on it).
     request_finished
 """
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
+from disagg_vllm.cli_flags import settle_failure_policy
 from disagg_vllm.metadata import RankHandshake, StepReports
 from disagg_vllm.scheduler_side import SchedulerSide
 from disagg_vllm.settings import settings_of
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+logger = logging.getLogger("vllm.disagg")
+
 COMPLETED = frozenset({RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED})
 
 
@@ -49,6 +53,8 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        if (changed := settle_failure_policy(self._kv_transfer_config)) and role is KVConnectorRole.SCHEDULER:
+            logger.info("disagg: %s", changed)
         settings = settings_of(self._kv_transfer_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
