@@ -1,18 +1,39 @@
 """The one settings tree: parsed once at the edge, frozen, passed down.
 
 Units stand in the names: ``_s`` seconds, ``_ms`` milliseconds, ``_bytes``, ``_tokens``. A misspelt field is an error.
+
+``load_settings`` reads a file or a mapping, ``warnings`` lists what is allowed but hardly meant. Every mistake of the
+user is one ``ConfigError`` of one line: file, field, value, what is allowed.
 """
 
-from typing import Literal
+import difflib
+import ipaddress
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from disagg_plugin.errors import ConfigError
 
 Role = Literal["prefill", "decode", "both"]
 CodecChoice = Literal["auto", "raw", "int8", "int8c"]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``; a name other than localhost counts as reachable by others."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrefillWorkerSettings(_Settings):
@@ -26,6 +47,33 @@ class PrefillWorkerSettings(_Settings):
         default=None, description="Environment variable that holds its API key, if it asks for one."
     )
 
+    @field_validator("url")
+    @classmethod
+    def _url_is_a_base_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT")
+        if parts.port == 0:  # urlsplit itself refuses what is above 65535 or no number
+            raise ValueError("port must be 1 to 65535")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("must be a base URL: no user, no query, no fragment (a key goes to api_key_env)")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError("must be a base URL: leave out /v1")
+        return url.rstrip("/")
+
+    @field_validator("side_channel")
+    @classmethod
+    def _side_channel_is_an_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            _split_address(address)
+        return address
+
+    def side_channel_address(self, default_port: int) -> tuple[str, int]:
+        """Where this worker's scheduler listens: ``side_channel``, or the URL's host and ``default_port``."""
+        if self.side_channel is not None:
+            return _split_address(self.side_channel)
+        return urlsplit(self.url).hostname or "", default_port
+
 
 class SideChannelSettings(_Settings):
     """The authenticated control channel between schedulers."""
@@ -36,6 +84,24 @@ class SideChannelSettings(_Settings):
     insecure: bool = Field(default=False, description="Allow a bind beyond loopback without keys. Not for production.")
     heartbeat_s: float = Field(default=0.5, gt=0, description="Interval of heartbeats to each peer.")
     peer_timeout_s: float = Field(default=3.0, gt=0, description="A peer silent for longer is lost.")
+
+    @model_validator(mode="after")
+    def _beyond_loopback_needs_keys(self) -> Self:
+        if not (is_loopback(self.host) or self.keys_dir or self.insecure):
+            raise ValueError(
+                f"host {self.host} can be reached by other machines: set keys_dir (`disagg keygen DIR`), "
+                "or host to 127.0.0.1, or insecure to true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_peer_may_miss_a_heartbeat(self) -> Self:
+        if self.peer_timeout_s <= self.heartbeat_s:
+            raise ValueError(
+                f"peer_timeout_s {self.peer_timeout_s} is not above heartbeat_s {self.heartbeat_s}: "
+                "every peer would be lost between two heartbeats"
+            )
+        return self
 
 
 class NixlSettings(_Settings):
@@ -80,6 +146,16 @@ class TransferSettings(_Settings):
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
     linger_s: float = Field(default=2.0, ge=0, description="Keep polling this long after the last transfer.")
 
+    @model_validator(mode="after")
+    def _ring_holds_a_region(self) -> Self:
+        region_bytes = self.slot_bytes * self.region_slots
+        if self.ring_max_bytes < region_bytes:
+            raise ValueError(
+                f"ring_max_bytes {self.ring_max_bytes} is less than one peer's region, slot_bytes {self.slot_bytes} * "
+                f"region_slots {self.region_slots} = {region_bytes}: raise the first or lower the others"
+            )
+        return self
+
 
 class SplitPolicySettings(_Settings):
     """When to offload."""
@@ -104,3 +180,194 @@ class DisaggSettings(_Settings):
     model_revision_id: str | None = Field(
         default=None, description="Stands in for the weights digest where weight files cannot be read."
     )
+
+    @model_validator(mode="after")
+    def _prefill_workers_are_distinct(self) -> Self:
+        by_url: dict[str, int] = {}
+        by_address: dict[tuple[str, int], int] = {}
+        for index, worker in enumerate(self.prefill_workers):
+            host, port = address = worker.side_channel_address(self.side_channel.port)
+            if port == 0:
+                raise ValueError(
+                    f"prefill_workers.{index} needs its own side_channel, host:port, as side_channel.port is 0 (any)"
+                )
+            if self.role != "prefill" and is_loopback(host) and port == self.side_channel.port:
+                raise ValueError(
+                    f"prefill_workers.{index} has {host}:{port} as its side channel, which is this engine's own: "
+                    f"set prefill_workers.{index}.side_channel, or another side_channel.port"
+                )
+            twin = by_url.setdefault(worker.url, index)
+            if twin != index:
+                raise ValueError(f"prefill_workers.{twin} and .{index} are the same, {worker.url}: remove one")
+            twin = by_address.setdefault(address, index)
+            if twin != index:
+                raise ValueError(
+                    f"prefill_workers.{twin} and .{index} have the same side channel, {host}:{port}: "
+                    f"set prefill_workers.{index}.side_channel"
+                )
+        return self
+
+
+def load_settings(source: Path | Mapping[str, object], overrides: Mapping[str, object] | None = None) -> DisaggSettings:
+    """Read the settings from a YAML or JSON file, or a mapping that was parsed already.
+
+    Args:
+        overrides: Laid over ``source`` as by ``merge``.
+
+    Raises:
+        ConfigError: One line that names file, field and value, and what is allowed.
+    """
+    values = read_mapping(source) if isinstance(source, Path) else source
+    try:
+        return DisaggSettings.model_validate(merge(values, overrides or {}))
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        origin = str(source) if isinstance(source, Path) else "settings"
+        if overrides and _holds(overrides, first["loc"]):
+            origin = f"settings over {origin}"
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{origin}: {_one_line(_describe(first))}{more}") from None
+
+
+def merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
+    """``base`` with the fields of ``overrides``; sections are merged field by field, lists are replaced."""
+    merged = dict(base)
+    for name, value in overrides.items():
+        below = merged.get(name)
+        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def warnings(settings: DisaggSettings) -> list[str]:
+    """What is allowed and hardly meant; one line each, to be shown at start."""
+    found = []
+    channel = settings.side_channel
+    if settings.role == "decode" and not settings.prefill_workers:
+        found.append("role decode without prefill_workers: every prompt is prefilled locally")
+    if settings.role == "prefill" and settings.prefill_workers:
+        found.append("role prefill with prefill_workers: they are not used; did you mean role both?")
+    if channel.insecure and not channel.keys_dir and not is_loopback(channel.host):
+        found.append(
+            f"side_channel.insecure: whoever reaches {channel.host}:{channel.port} can take part; set keys_dir instead"
+        )
+    if settings.role != "prefill":
+        remote = [
+            worker.url
+            for worker in settings.prefill_workers
+            if not is_loopback(worker.side_channel_address(channel.port)[0])
+        ]
+        if remote and not channel.keys_dir and not channel.insecure:
+            found.append(f"no side_channel.keys_dir: {remote[0]} is another host and will refuse us without keys")
+        if remote and is_loopback(channel.host) and settings.nixl.net_devices is None:
+            found.append(
+                f"side_channel.host is loopback, so KV travels over lo only, but {remote[0]} is another host: "
+                "set nixl.net_devices or side_channel.host"
+            )
+    found += [
+        f"transfer.{name} is above transfer.deadline_s: it will never be reached"
+        for name in ("start_timeout_s", "stall_timeout_s")
+        if getattr(settings.transfer, name) > settings.transfer.deadline_s
+    ]
+    return found
+
+
+def settings_json_schema() -> dict[str, object]:
+    """JSON schema of the settings file."""
+    return DisaggSettings.model_json_schema()
+
+
+def read_mapping(path: Path) -> dict[str, object]:
+    """The mapping in a YAML or JSON file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is not well formed, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: {error.msg}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: {line}{_one_line(error.problem or 'not YAML')}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_one_line(str(error))}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}: must hold fields and values")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _split_address(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535 or "/" in address:
+        raise ValueError("must be host:port, port 1 to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _describe(error: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    value = repr(error["input"])
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown field; {_suggest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{path}: missing: {_model_at(error['loc'][:-1]).model_fields[str(error['loc'][-1])].description}"
+    if error["type"] == "value_error":
+        problem = str(error["ctx"]["error"])
+        # a rule over several fields names them itself
+        return f"{path} = {shown}: {problem}" if isinstance(error["input"], str) else f"{path}: {problem}".lstrip(": ")
+    return f"{path} = {shown}: {error['msg'].replace('Input should be', 'must be')}"
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    name = str(loc[-1])
+    allowed = list(_model_at(loc[:-1]).model_fields)
+    if close := difflib.get_close_matches(name, allowed, n=1):
+        return f"did you mean {close[0]}?"
+    for section in DisaggSettings.model_fields:
+        if name in _model_at((section,)).model_fields and (section,) != loc[:-1]:
+            return f"it stands under {section}"
+    return f"known here: {', '.join(allowed)}"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The settings class whose fields stand at ``loc``; for a plain field, the class that holds it."""
+    model: type[BaseModel] = DisaggSettings
+    for part in loc:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return model
+
+
+def _holds(values: object, loc: tuple[int | str, ...]) -> bool:
+    for part in loc:
+        if not isinstance(values, Mapping):
+            return True  # a list or a value replaces everything below it
+        if part not in values:
+            return False
+        values = values[part]
+    return bool(loc)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.prefill_workers import is_loopback
+from disagg_plugin.config import DisaggSettings, is_loopback
 from disagg_plugin.kv.codec import KVCodec
 from disagg_plugin.kv.dataplane import DataPlane, agent_name
 from disagg_plugin.kv.geometry import KVGeometry
@@ -57,6 +56,7 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._settings = settings
         self._plane: DataPlane | None = None
+        self._geometry: KVGeometry | None = None
         self._problem = unsupported_engine(vllm_config, kv_cache_config) or ""
         self._rank: int = vllm_config.parallel_config.rank
         self._invalid_block_ids: set[int] = set()
@@ -76,6 +76,7 @@ class WorkerSide:
             epoch = time.time_ns()
             engine = f"{self._settings.role}-{os.getpid()}"
             nixl = self._settings.nixl
+            self._geometry = view.geometry
             self._plane = DataPlane(
                 engine=engine,
                 epoch=epoch,
@@ -100,7 +101,7 @@ class WorkerSide:
         """For the scheduler process, once."""
         if self._plane is None:
             return RankHandshake(self._rank, problem=self._problem or "the KV caches were never registered")
-        return RankHandshake(self._rank, self._plane.endpoint, self._plane.geometry)
+        return RankHandshake(self._rank, self._plane.endpoint, self._geometry)
 
     @_guarded(None)
     def begin_step(self, commands: StepCommands) -> None:

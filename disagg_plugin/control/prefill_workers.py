@@ -4,7 +4,6 @@ Everything but the port methods (``workers``, ``offer``, ``ready``, ``cancel``, 
 """
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections import Counter, deque
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from disagg_plugin.config import CodecChoice, DisaggSettings, PrefillWorkerSettings
+from disagg_plugin.config import CodecChoice, DisaggSettings, PrefillWorkerSettings, is_loopback
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
 from disagg_plugin.control.decode_side import OfferCall
 from disagg_plugin.control.events import (
@@ -59,16 +58,6 @@ def wire_codec(choice: CodecChoice, worker_host: str, kv_dtype: str) -> str:
     if choice != "auto":
         return choice
     return "raw" if is_loopback(worker_host) else "int8"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` names this machine's loopback interface, as far as its text tells."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(slots=True)
@@ -373,14 +362,17 @@ class PrefillWorkers:
         )
         try:
             await post_prompt(self._session, worker.settings, self._dialect, body)
+        except asyncio.CancelledError as cancelled:
+            self._send(worker.name, Cancel(call.transfer_id, str(cancelled)))
+            raise
         finally:
             worker.unstarted.discard(call.transfer_id)
         self._events.append(PrefillEnded(call.transfer_id))
 
     def _cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         if (task := self._calls.get(transfer_id)) is not None:
-            task.cancel()  # closes the HTTP connection, which aborts the request there
-        if peer:
+            task.cancel(reason)  # closes the HTTP connection, which aborts the request there
+        elif peer:
             self._send(peer, Cancel(transfer_id, reason))
 
     def _send(self, name: str, message: AnyMessage) -> None:

@@ -96,7 +96,11 @@ class ControlService:
             on_message=self._on_message,
             context=self._context,
         )
-        self.port = await self._server.start()
+        try:
+            self.port = await self._server.start()
+        except BaseException:
+            self._context.term()
+            raise
         if self.decode is not None:
             await self.decode.start()
         self._io.spawn(self._sweep())

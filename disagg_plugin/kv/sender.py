@@ -1,0 +1,447 @@
+"""The sending half of a worker rank: paged cache → staging slot → the peer's slot.
+
+Two classes, two threads, joined by deques of immutable values:
+
+    Stager                 engine's thread      gathers and encodes what was computed into free staging slots, keeps
+                                                the accounts of each transfer, says when nothing needs its blocks
+    Poster (kv/poster.py)  data-plane thread    checksum, write, notification; the peer's answers; deadlines
+
+**Credit.** Staging slot *i* of a link and slot *i* of the peer's region are one unit: taken when a chunk is staged,
+given back with ``ACK``, ``DISCARD`` or the second ``NACK``, or when the write itself failed. A chunk past its deadline
+costs its transfer, but its slot stays taken (*quarantined*) until one of these happens or the peer is replaced: the
+write may still be reading it.
+
+**Chunk size.** A section's codec is known only once it is encoded: the guard, or a value that INT8 cannot hold, may
+step up to RAW. So a chunk is sized by the codecs that its sections had last time (RAW before the first time). If that
+overflows the slot, it is staged once more with the number of tokens for all RAW, which cannot overflow.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, empty, uint8
+
+from disagg_plugin.kv.codec import KVCodec, SectionCodec, section_bytes
+from disagg_plugin.kv.commands import Computed, DropSend, OpenSend, ReleaseWhenStaged, SendTiming
+from disagg_plugin.kv.geometry import DTYPE_BYTES, HeadRange, KVGeometry
+from disagg_plugin.kv.guard import QuantizationGuard
+from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
+from disagg_plugin.kv.wire import (
+    ChunkHeader,
+    Kind,
+    Notification,
+    padded,
+    payload_offset,
+    tokens_per_slot,
+    write_header,
+)
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_TRANSFERS = 4096  # ended ones, so that a late Computed does not begin them anew
+
+
+class Source(Protocol):
+    """Where canonical KV comes from: the part of ``KVCacheView`` that sending needs."""
+
+    geometry: KVGeometry
+    heads: HeadRange
+
+    def gather(self, layer: int, side: int, block_ids: Sequence[int], start: int, end: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SendLink:
+    """The way to one rank of one epoch of a peer. Identity is equality: a new epoch is a new link."""
+
+    peer: str
+    epoch: int
+    agent: str
+    region: Region  # of the staging arena
+    remote_address: int  # first byte of our region in the peer's ring
+    remote_slot_bytes: int
+    chunk_limit_bytes: int  # the smaller of the two sides' slots
+    slots: SlotPool  # indices within the region; engine's thread only
+
+
+@dataclass(frozen=True, slots=True)
+class StagedChunk:
+    """Engine → data plane: a finished chunk but for its checksum."""
+
+    link: SendLink
+    slot: int
+    transfer_id: bytes
+    nonce: int
+    sequence: int
+    nbytes: int
+
+    def notification(self, attempt: int) -> Notification:
+        return Notification(Kind.CHUNK, self.slot, self.sequence, attempt, self.nonce, self.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """Data plane → engine: the slot is free. ``failure`` is ``None`` if the chunk was acknowledged."""
+
+    link: SendLink
+    slot: int
+    transfer_id: bytes
+    failure: str | None
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendBroken:
+    """Data plane → engine: the transfer is lost, the slot is not free yet."""
+
+    transfer_id: bytes
+    reason: str
+
+
+@dataclass(slots=True)
+class SendState:
+    """Accounts of one transfer, in the engine's thread."""
+
+    transfer_id: bytes
+    ticket: OpenSend | None = None
+    link: SendLink | None = None
+    computed_tokens: int = 0
+    block_ids: tuple[int, ...] = ()
+    next_token: int = 0  # everything before it is staged
+    sequence: int = 0
+    in_flight: int = 0
+    wire_bytes: int = 0
+    first_chunk_s: float = 0.0
+    last_computed_s: float | None = None
+    acknowledged_s: float = 0.0
+    release_request: str | None = None
+    staged: bool = False
+
+    @property
+    def available(self) -> int:
+        """Exclusive end of what could be staged now."""
+        return 0 if self.ticket is None else min(self.computed_tokens, self.ticket.end_token)
+
+
+@dataclass(slots=True)
+class SendOutcomes:
+    """What the next report says; emptied by whoever reads it."""
+
+    staged: list[bytes] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)
+    failed: list[tuple[bytes, str]] = field(default_factory=list)
+    timings: list[SendTiming] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+
+
+class ChunkEncoder:
+    """Gathers the sections of a chunk, chooses a codec for each, and writes them into a slot; engine's thread."""
+
+    def __init__(self, source: Source, codec: KVCodec, guard_for: Callable[[SectionCodec], QuantizationGuard]) -> None:
+        self._source = source
+        self._codec = codec
+        self._guard_for = guard_for
+        self._guards: dict[SectionCodec, QuantizationGuard] = {}
+        geometry = source.geometry
+        self._sections = geometry.layers * geometry.sides
+        self._all_raw = (SectionCodec.RAW,) * self._sections
+        self._last_codecs: dict[SectionCodec, tuple[SectionCodec, ...]] = {}
+        self._scratch = empty(0, dtype=uint8)
+
+    def encode(
+        self, block_ids: tuple[int, ...], start: int, available: int, wanted: SectionCodec, memory: Tensor
+    ) -> tuple[int, tuple[SectionCodec, ...]]:
+        """Write as many tokens of ``[start, available)`` as fit.
+
+        Args:
+            memory: The slot: header and codec table are left free.
+
+        Returns:
+            The end of the chunk's tokens, and the codec of each section.
+        """
+        planned = self._last_codecs.get(wanted, self._all_raw)
+        for plan in (planned, self._all_raw):
+            end = self._chunk_end(start, available, len(memory), plan)
+            codecs = self._encode_sections(block_ids, start, end, wanted, memory)
+            if codecs is not None:
+                self._last_codecs[wanted] = codecs
+                return end, codecs
+        raise AssertionError(f"{end - start} raw tokens overflow {len(memory)} bytes")
+
+    def _chunk_end(self, start: int, available: int, slot_bytes: int, codecs: tuple[SectionCodec, ...]) -> int:
+        geometry, heads = self._source.geometry, self._source.heads.count
+        tokens = tokens_per_slot(slot_bytes, codecs, heads=heads, head_dim=geometry.head_dim, dtype=geometry.dtype)
+        return min(available, start + max(1, tokens))
+
+    def _encode_sections(
+        self, block_ids: tuple[int, ...], start: int, end: int, wanted: SectionCodec, memory: Tensor
+    ) -> tuple[SectionCodec, ...] | None:
+        """Gather and encode all sections of one chunk; ``None`` if they do not fit."""
+        guard = None
+        if wanted is not SectionCodec.RAW:
+            guard = self._guards.get(wanted) or self._guards.setdefault(wanted, self._guard_for(wanted))
+        offset = payload_offset(self._sections)
+        codecs = []
+        for section in range(self._sections):
+            layer, side = divmod(section, self._source.geometry.sides)
+            kv = self._source.gather(layer, side, block_ids, start, end)
+            codec = SectionCodec.RAW if guard is None else guard.choose(layer, side, kv)
+            used = self._encode_into(kv, codec, memory[offset:])
+            if used is None:
+                return None
+            codecs.append(used[0])
+            offset += used[1]
+        return tuple(codecs)
+
+    def _encode_into(self, kv: Tensor, codec: SectionCodec, out: Tensor) -> tuple[SectionCodec, int] | None:
+        """Encode to the beginning of ``out``; ``None`` if it does not fit. The seam for caches on a GPU.
+
+        The codec wants room for the RAW form, whatever it writes: where less is left of the slot, and for KV that is
+        not in host memory (that path is **untested on a GPU**), it encodes to a buffer aside, which is then copied.
+        """
+        raw_bytes = kv.numel() * kv.element_size()
+        direct = kv.device.type == "cpu" and len(out) >= raw_bytes
+        if not direct and (len(self._scratch) < raw_bytes or self._scratch.device != kv.device):
+            self._scratch = empty(raw_bytes, dtype=uint8, device=kv.device)
+        used = self._codec.encode(kv, codec, out if direct else self._scratch)
+        heads, tokens, head_dim = kv.shape
+        nbytes = section_bytes(used, heads=heads, tokens=tokens, head_dim=head_dim, dtype=self._source.geometry.dtype)
+        if padded(nbytes) > len(out):
+            return None
+        if not direct:
+            out[:nbytes].copy_(self._scratch[:nbytes])
+        if padded(nbytes) > nbytes:
+            out[nbytes : padded(nbytes)].zero_()
+        return used, padded(nbytes)
+
+
+class Stager:
+    """Engine's thread: decides what goes into which slot. No call waits; a full link leaves the rest for later."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        encoder: ChunkEncoder,
+        arena: SlotArena,
+        post: Callable[[StagedChunk], None],
+        clock: Callable[[], float],
+        counters: dict[str, float],
+    ) -> None:
+        self._source = source
+        self._encoder = encoder
+        self._arena = arena
+        self._post = post
+        self._clock = clock
+        self._counters = counters
+        self._links: dict[str, SendLink] = {}
+        self._sends: dict[bytes, SendState] = {}
+        self._ended: dict[bytes, None] = {}  # in order of their end
+        self.outcomes = SendOutcomes()
+
+    @property
+    def open_sends(self) -> int:
+        return sum(state.ticket is not None for state in self._sends.values())
+
+    @property
+    def slots_in_use(self) -> int:
+        return sum(link.slots.in_use for link in self._links.values())
+
+    @property
+    def busy(self) -> bool:
+        """Something to stage, or an acknowledgement outstanding."""
+        return any(state.in_flight or state.next_token < state.available for state in self._sends.values())
+
+    # what the scheduler says
+
+    def connect(self, link: SendLink) -> None:
+        """Use this link for the peer from now on; transfers over its predecessor are lost."""
+        self.disconnect(link.peer, "peer_restarted")
+        self._links[link.peer] = link
+
+    def disconnect(self, peer: str, reason: str) -> None:
+        """Fail what goes to this peer."""
+        link = self._links.pop(peer, None)
+        for state in list(self._sends.values()):
+            if link is not None and state.link is link:
+                self.fail(state.transfer_id, reason)
+
+    def open(self, ticket: OpenSend) -> None:
+        if ticket.transfer_id in self._ended:
+            self._counters["late_commands"] += 1
+            return
+        state = self._sends.setdefault(ticket.transfer_id, SendState(ticket.transfer_id))
+        if state.ticket is not None:
+            self._counters["late_commands"] += 1
+            return
+        state.ticket = ticket
+        state.next_token = ticket.first_token
+        state.link = self._links.get(ticket.peer)
+        if state.link is None:
+            self.fail(ticket.transfer_id, "peer_lost")
+            return
+        self._settle(state)
+
+    def computed(self, command: Computed) -> None:
+        """Remember where the tokens stand; a preempted prompt starts lower again, what was staged stays staged."""
+        if command.transfer_id in self._ended:
+            return
+        state = self._sends.setdefault(command.transfer_id, SendState(command.transfer_id))
+        state.computed_tokens = command.computed_tokens
+        state.block_ids = command.block_ids
+
+    def release(self, command: ReleaseWhenStaged) -> None:
+        state = self._sends.get(command.transfer_id)
+        if state is None or state.staged:
+            self.outcomes.released.append(command.request_id)
+        elif state.release_request is None:
+            state.release_request = command.request_id
+            self._settle(state)
+
+    def drop(self, command: DropSend) -> None:
+        state = self._sends.get(command.transfer_id)
+        if state is not None:
+            self._end(state)
+        else:
+            self._remember(command.transfer_id)
+
+    # what the data plane says
+
+    def chunk_done(self, event: ChunkDone) -> None:
+        event.link.slots.give(event.slot)
+        state = self._sends.get(event.transfer_id)
+        if state is None:
+            return
+        if event.failure is not None:
+            self.fail(event.transfer_id, event.failure)
+            return
+        state.in_flight -= 1
+        state.acknowledged_s = event.at_s
+        self._settle(state)
+
+    def fail(self, transfer_id: bytes, reason: str) -> None:
+        """The transfer is lost; reported once, its blocks are free at once. Chunks under way keep their slots."""
+        state = self._sends.get(transfer_id)
+        if state is not None:
+            self._counters["send_failures"] += 1
+            self.outcomes.failed.append((transfer_id, reason))
+            self._end(state)
+
+    # what the engine's step does
+
+    def stage(self) -> None:
+        """Fill free slots, oldest transfer first."""
+        now = self._clock()
+        for state in list(self._sends.values()):
+            if state.ticket is None:
+                continue
+            if state.last_computed_s is None and state.computed_tokens >= state.ticket.end_token:
+                state.last_computed_s = now
+            if state.next_token < state.available:
+                self._stage_within_boundary(state, state.ticket)
+
+    def _stage_within_boundary(self, state: SendState, ticket: OpenSend) -> None:
+        try:
+            self._stage_transfer(state, ticket)
+        except Exception:  # the boundary of one transfer: an exception here would end the engine
+            logger.exception("transfer %s cannot be staged", state.transfer_id.hex())
+            self.fail(state.transfer_id, "gather_failed")
+        else:
+            self._settle(state)
+
+    def _stage_transfer(self, state: SendState, ticket: OpenSend) -> None:
+        link = state.link
+        assert link is not None  # open() fails a transfer without one
+        while state.next_token < state.available:
+            slot = link.slots.take()
+            if slot is None:
+                self._counters["credit_waits"] += 1
+                return
+            try:
+                chunk = self._stage_chunk(state, ticket, link, slot)
+            except BaseException:
+                link.slots.give(slot)
+                raise
+            state.sequence += 1
+            state.in_flight += 1
+            state.wire_bytes += chunk.nbytes
+            self._post(chunk)
+
+    def _stage_chunk(self, state: SendState, ticket: OpenSend, link: SendLink, slot: int) -> StagedChunk:
+        memory = self._arena.tensor(link.region.slot(slot))[: link.chunk_limit_bytes]
+        start = state.next_token
+        end, codecs = self._encoder.encode(state.block_ids, start, state.available, self._wanted(ticket), memory)
+        geometry = self._source.geometry
+        header = ChunkHeader(
+            transfer_id=state.transfer_id,
+            nonce=ticket.nonce,
+            sequence=state.sequence,
+            token_start=start,
+            token_end=end,
+            layers=geometry.layers,
+            sides=geometry.sides,
+            heads=self._source.heads,
+            head_dim=geometry.head_dim,
+            dtype=geometry.dtype,
+            codecs=codecs,
+        )
+        nbytes = write_header(header, memory.numpy())
+        if start == ticket.first_token:
+            state.first_chunk_s = self._clock()
+        state.next_token = end
+        self._counters["chunks_sent"] += 1
+        self._counters["wire_bytes_sent"] += nbytes
+        self._counters["raw_bytes_sent"] += geometry.raw_token_bytes(self._source.heads.count) * (end - start)
+        return StagedChunk(link, slot, state.transfer_id, ticket.nonce, state.sequence, nbytes)
+
+    def _wanted(self, ticket: OpenSend) -> SectionCodec:
+        """``auto`` is resolved by the scheduler, which knows the link; here it means RAW, as for quantized caches."""
+        if ticket.codec == "auto" or DTYPE_BYTES[self._source.geometry.dtype] == 1:
+            return SectionCodec.RAW
+        return SectionCodec[ticket.codec.upper()]
+
+    # accounts
+
+    def _settle(self, state: SendState) -> None:
+        """Draw the consequences of whatever just changed."""
+        ticket = state.ticket
+        if ticket is None:
+            return
+        if not state.staged and state.next_token >= ticket.end_token:
+            state.staged = True
+            self.outcomes.staged.append(state.transfer_id)
+            self._release_blocks(state)
+        if state.staged and state.in_flight == 0:
+            self.outcomes.sent.append(state.transfer_id)
+            self.outcomes.timings.append(_timing(state))
+            self._end(state)
+        elif state.release_request is not None and state.next_token >= state.available:
+            self.fail(state.transfer_id, "incomplete")  # its request ended: nothing more will be computed
+
+    def _release_blocks(self, state: SendState) -> None:
+        if state.release_request is not None:
+            self.outcomes.released.append(state.release_request)
+            state.release_request = None
+
+    def _end(self, state: SendState) -> None:
+        self._release_blocks(state)
+        del self._sends[state.transfer_id]
+        self._remember(state.transfer_id)
+
+    def _remember(self, transfer_id: bytes) -> None:
+        self._ended[transfer_id] = None
+        if len(self._ended) > REMEMBERED_TRANSFERS:
+            del self._ended[next(iter(self._ended))]
+
+
+def _timing(state: SendState) -> SendTiming:
+    return SendTiming(
+        transfer_id=state.transfer_id,
+        first_chunk_s=state.first_chunk_s,
+        last_computed_s=state.last_computed_s or state.first_chunk_s,
+        acknowledged_s=state.acknowledged_s,
+        chunks=state.sequence,
+        wire_bytes=state.wire_bytes,
+    )

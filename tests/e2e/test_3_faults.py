@@ -1,0 +1,104 @@
+"""Whatever happens to the prefill worker or the client: right text in the same request, and nothing leaks.
+
+Ordered: later tests kill and replace engines.
+"""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+from e2e.client import Engine, same_tokens
+from e2e.conftest import Fleet, settings, settle
+from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
+from models import tiny
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+def end_tree(engine: Engine, how: signal.Signals) -> None:
+    """Signal every process of an engine that this session started."""
+    root = psutil.Process(engine.pid)
+    for process in [*root.children(recursive=True), root]:
+        os.kill(process.pid, how)
+
+
+@pytest.mark.parametrize("state", ["accepted", "streaming"])
+def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, state: str) -> None:
+    prompt = prompt_of(3_500, seed=len(state))
+    with ThreadPoolExecutor(1) as pool:
+        with httpx.Client(timeout=60) as client:
+            body = {"model": pair.decode.model, "prompt": prompt, "max_tokens": 4, "cache_salt": f"abort-{state}"}
+
+            def send() -> str:
+                try:
+                    client.post(f"{pair.decode.url}/v1/completions", json=body)
+                except (httpx.HTTPError, RuntimeError, OSError):
+                    return "gone"
+                return "answered"
+
+            future = pool.submit(send)
+            if state == "streaming":
+                pair.decode.when(lambda v: any(t["state"] == "ready" for t in v["decode"]["open"]))
+            else:
+                pair.decode.when(lambda v: bool(v["decode"]["open"]))
+            client.close()
+        future.result(timeout=60)
+    settle(pair.decode)
+    settle(pair.prefill)
+
+
+def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet) -> None:
+    prompt = prompt_of(3_500, seed=7)
+    local = pair.stock.complete(prompt, cache_salt="local")
+    counted = Offloads(pair)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pair.decode.complete, prompt, cache_salt="dies")
+        pair.decode.when(lambda v: any(r.get("chunks_received", 0) > 3 and r.get("open_receives", 0) for r in v["decode"]["ranks"].values()))
+        end_tree(pair.prefill, signal.SIGKILL)
+        got = future.result(timeout=120)
+    assert same_tokens(got, local)
+    totals = counted.totals()
+    assert (totals["landed"], totals["fallbacks"]) == (0, 1)
+
+
+def test_with_a_dead_prefill_worker_prompts_are_prefilled_locally(pair: Fleet) -> None:
+    prompt = prompt_of(700, seed=8)
+    counted = Offloads(pair)
+    got = pair.decode.complete(prompt, cache_salt="dead")
+    assert same_tokens(got, pair.stock.complete(prompt, cache_salt="local"))
+    assert counted.totals()["offered"] == 0
+    assert pair.decode.snapshot()["decode"]["decisions"]["no_healthy_worker"] >= 1
+
+
+def test_a_restarted_prefill_worker_is_used_again(pair: Fleet) -> None:
+    pair.restart_prefill()
+    pair.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()), within_s=60)
+    assert_offloaded_as_local(pair, prompt_of(700, seed=9), cache_salt="restarted")
+
+
+def test_a_worker_with_other_weights_is_refused_once_and_never_used(pair: Fleet) -> None:
+    """The same config.json, another random seed: without a digest their KV would mix silently."""
+    workers = pair.decode.snapshot()["prefill_workers"]["workers"]
+    (other_side,) = {int(name.rsplit(":", 1)[1]) for name in workers} - {pair.prefill.side_port}
+    url = next(w["url"] for name, w in workers.items() if name.endswith(f":{other_side}"))
+    stock_local = pair.stock.complete(prompt_of(900, seed=10), cache_salt="local")
+    pair.stock_life.close()  # at most three engines at a time
+    end_tree(pair.prefill, signal.SIGTERM)
+    pair.prefill_life.close()
+    plan = type(pair.prefill_plan)(
+        "other-seed", tiny(seed=1), int(url.rsplit(":", 1)[1]), 0, settings("prefill", other_side)
+    )
+    pair.prefill = plan.start(pair.prefill_life, pair.folder)
+    view = pair.decode.when(lambda v: v["prefill_workers"]["counters"].get("rejected_weights_digest", 0) > 0)
+    assert view["prefill_workers"]["counters"]["rejected_weights_digest"] == 1
+    counted = Offloads(pair)
+    got = pair.decode.complete(prompt_of(900, seed=10), cache_salt="other-seed")
+    assert same_tokens(got, stock_local)
+    assert counted.totals()["offered"] == 0
+    log = (pair.folder / "decode.log").read_text()
+    (line,) = [part for part in log.splitlines() if "weights_digest differs" in part]
+    assert "ours " in line
+    assert "theirs " in line

@@ -1,0 +1,209 @@
+"""One engine worker in a process of its own, as the tests in this folder drive it: JSON lines in, JSON lines out.
+
+The loop at the bottom stands in for the engine: it steps the data plane as long as nobody asks for anything. The
+transport is the real one, in a wrapper that can do to a chunk what a network or a hostile peer would.
+"""
+
+import dataclasses
+import json
+import os
+import select
+import sys
+from collections import deque
+from typing import Any
+
+import torch
+
+from disagg_plugin.config import TransferSettings
+from disagg_plugin.kv import commands as kv_commands
+from disagg_plugin.kv.commands import RankEndpoint
+from disagg_plugin.kv.dataplane import DataPlane, agent_name
+from disagg_plugin.kv.geometry import HeadRange, KVGeometry
+from disagg_plugin.kv.ring import SlotArena
+from disagg_plugin.kv.transport import NixlTransport, Transport, WriteHandle
+from disagg_plugin.kv.wire import Kind, Notification, parse_notification
+from disagg_plugin.testing import DenseView, canonical_noise
+
+
+class FaultyTransport:
+    """The real transport, and what goes wrong on the way; ``next_faults`` names one fault per write to come.
+
+    corrupt       one byte of the payload is flipped
+    truncate      the second half of the chunk never arrives
+    short         the notification announces half of the chunk
+    stale         right behind the chunk, an older write lands in the same slot
+    replay        its notification arrives twice
+    other_slot    its notification names a slot outside the region
+    """
+
+    def __init__(self, inner: Transport, slot_bytes: int) -> None:
+        self._inner = inner
+        self._scratch = SlotArena(slots=2, slot_bytes=slot_bytes)
+        self._first_write = b""
+        self._extra: list[WriteHandle] = []
+        self.next_faults: deque[str] = deque()
+        self.to_send: deque[tuple[str, bytes]] = deque()
+        inner.register(self._scratch.buffer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def poll(self) -> list[tuple[str, bytes]]:
+        self._extra = [handle for handle in self._extra if handle.state().value == "pending"]
+        while self.to_send:
+            self._inner.notify(*self.to_send.popleft())
+        return self._inner.poll()
+
+    def write(
+        self, peer: str, *, local_address: int, remote_address: int, nbytes: int, notification: bytes
+    ) -> WriteHandle:
+        fault = self.next_faults.popleft() if self.next_faults else ""
+        chunk = _memory(local_address, nbytes)
+        self._first_write = self._first_write or chunk
+        sent, written = parse_notification(notification), nbytes
+        if fault == "corrupt":
+            local_address = self._scratched(0, bytes([*chunk[:-5], chunk[-5] ^ 1, *chunk[-4:]]))
+        elif fault == "truncate":
+            written = nbytes // 2
+        elif fault == "short":
+            notification = dataclasses.replace(sent, nbytes=nbytes // 2).pack()
+        elif fault == "other_slot":
+            self.to_send.append((peer, dataclasses.replace(sent, slot=4000).pack()))
+        elif fault == "replay":
+            self.to_send.append((peer, notification))
+        handle = self._inner.write(
+            peer,
+            local_address=local_address,
+            remote_address=remote_address,
+            nbytes=written,
+            notification=notification,
+        )
+        if fault == "stale":
+            self._overwrite(peer, remote_address)
+        return handle
+
+    def _overwrite(self, peer: str, remote_address: int) -> None:
+        """What NIXL does with a write that its poster released: it lands, later, and says nothing."""
+        stale = self._first_write
+        address = self._scratched(1, stale)
+        unheard = Notification(Kind.ACK, 4000, 0, 0, 0, 0).pack()  # NIXL wants one; no slot 4000 is ever posted
+        self._extra.append(
+            self._inner.write(
+                peer,
+                local_address=address,
+                remote_address=remote_address,
+                nbytes=len(stale),
+                notification=unheard,
+            )
+        )
+
+    def _scratched(self, slot: int, payload: bytes) -> int:
+        self._scratch.tensor(slot)[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return self._scratch.slot_address(slot)
+
+
+def _memory(address: int, nbytes: int) -> bytes:
+    import ctypes
+
+    return ctypes.string_at(address, nbytes)
+
+
+class Worker:
+    """The data plane with everything it said so far."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        geometry = KVGeometry(**spec["geometry"])
+        transfer = TransferSettings(**spec["transfer"])
+        self.view = DenseView(geometry, blocks=spec["blocks"], block_size=spec["block_size"])
+        name = agent_name(spec["engine"], 0, spec["epoch"])
+        self.transport = FaultyTransport(NixlTransport(name), transfer.slot_bytes)
+        self.plane = DataPlane(
+            engine=spec["engine"],
+            epoch=spec["epoch"],
+            rank=0,
+            view=self.view,
+            transfer=transfer,
+            transport=self.transport,
+        )
+        self.said: dict[str, list[Any]] = {
+            key: []
+            for key in ("completed", "invalid", "released", "received", "receive_failed", "staged", "sent")
+        } | {"send_failed": [], "codecs": []}
+
+    def step(self) -> None:
+        self.plane.after_forward(computed=False)
+        completions = self.plane.take_completions()
+        report = self.plane.report()
+        self.said["completed"] += completions.received
+        self.said["invalid"] += sorted(completions.invalid_block_ids)
+        self.said["released"] += completions.released
+        self.said["received"] += report.received
+        self.said["receive_failed"] += report.receive_failed
+        self.said["staged"] += [one.hex() for one in report.staged]
+        self.said["sent"] += [one.hex() for one in report.sent]
+        self.said["send_failed"] += [(one.hex(), reason) for one, reason in report.send_failed]
+        self.said["codecs"] += [timing.codecs for timing in report.receive_timings]
+
+    def do(self, request: dict[str, Any]) -> Any:
+        match request.pop("do"):
+            case "endpoint":
+                fields = dataclasses.asdict(self.plane.endpoint)
+                return fields | {"agent_metadata": fields["agent_metadata"].hex()}
+            case "apply":
+                self.plane.apply([_command(name, fields) for name, fields in request["commands"]])
+            case "fill":
+                self.view.fill(request["block_ids"], request["seed"], tokens=request["tokens"])
+            case "worst_error":
+                return self.worst_error(**request)
+            case "faults":
+                self.transport.next_faults.extend(request["names"])
+            case "notify":
+                self.transport.to_send.append((request["peer"], bytes.fromhex(request["message"])))
+            case "state":
+                return {"said": self.said, "counters": self.plane.counters()}
+            case "close":
+                self.plane.close()
+        return None
+
+    def worst_error(self, block_ids: list[int], seed: int, start: int, end: int, tokens: int) -> float:
+        """Largest deviation of the cache from what ``fill`` wrote on the other side."""
+        wanted = canonical_noise(self.view.geometry, HeadRange(0, self.view.geometry.kv_heads), seed, tokens)
+        found = self.view.read(block_ids, start, end)
+        return float((found.float() - wanted[:, :, :, start:end].float()).abs().max())
+
+
+def _command(name: str, fields: dict[str, Any]) -> kv_commands.Command:
+    if name == "AddPeer":
+        fields["endpoints"] = tuple(
+            RankEndpoint(**one | {"agent_metadata": bytes.fromhex(one["agent_metadata"])})
+            for one in fields["endpoints"]
+        )
+    if "transfer_id" in fields:
+        fields["transfer_id"] = bytes.fromhex(fields["transfer_id"])
+    if "block_ids" in fields:
+        fields["block_ids"] = tuple(fields["block_ids"])
+    command: kv_commands.Command = getattr(kv_commands, name)(**fields)
+    return command
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # NIXL logs to stdout
+    worker = Worker(json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    print(json.dumps("ready"), file=replies, flush=True)
+    unread = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.0005)
+        if readable:
+            received = os.read(0, 1 << 20)
+            if not received:
+                return
+            *lines, unread = (unread + received).split(b"\n")
+            for line in lines:
+                print(json.dumps(worker.do(json.loads(line))), file=replies, flush=True)
+        worker.step()
+
+
+if __name__ == "__main__":
+    main()
