@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml engines.py models.py conftest.py ../tools
+	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/models.py tests/conftest.py tools
 	$(BIN)/lint-imports
 
 fix: $(STAMP)

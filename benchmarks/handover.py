@@ -13,6 +13,7 @@ decode step of D (the median gap between its tokens): the token that D computes 
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -31,10 +32,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from engines import free_port, serving, vllm_command, vllm_env  # noqa: E402
-from models import tiny  # noqa: E402
+from engines import free_port, serving, vllm_command, vllm_env
+from models import tiny
 
-from disagg_plugin.control.service import fetch_snapshot  # noqa: E402
+from disagg_plugin.control.service import fetch_snapshot
 
 TOKENS_OUT = 6
 
@@ -62,10 +63,8 @@ class Client:
         arrivals: list[float] = []
         with self.http.stream("POST", f"{url}/v1/completions", json=body) as response:
             response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    arrivals.append(time.monotonic())
-        gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+            arrivals.extend(time.monotonic() for line in response.iter_lines() if line.startswith("data: {"))
+        gaps = [b - a for a, b in itertools.pairwise(arrivals)]
         return Timed(arrivals[0] - started_s, arrivals[0], gaps)
 
     def post(self, url: str, prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -81,7 +80,9 @@ def fresh_prompt(tokens: int) -> list[int]:
     return random.choices(range(10, 40_000), k=tokens)
 
 
-def start(stack: ExitStack, folder: Path, name: str, model: str, core: int, extra: list[str], env: dict[str, str]) -> str:
+def start(
+    stack: ExitStack, folder: Path, name: str, model: str, core: int, extra: list[str], env: dict[str, str]
+) -> str:
     port = free_port()
     stack.enter_context(
         serving(
@@ -132,9 +133,7 @@ def disagg_pair(model: str, folder: Path, lengths: list[int], repeats: int) -> d
                 "split_policy": {"prompt_length_threshold": 0},
             }
             if role == "decode":
-                settings["prefill_workers"] = [
-                    {"url": urls["prefill"], "side_channel": f"127.0.0.1:{side['prefill']}"}
-                ]
+                settings["prefill_workers"] = [{"url": urls["prefill"], "side_channel": f"127.0.0.1:{side['prefill']}"}]
             config = folder / f"{role}.yaml"
             config.write_text(yaml.safe_dump(settings))
             flags = ["--kv-connector", "disagg", "--disagg-config", str(config)]
@@ -183,9 +182,7 @@ def stock_pair(model: str, folder: Path, lengths: list[int], repeats: int) -> di
         urls = {}
         for core, role in enumerate(("prefill", "decode")):
             env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
-            urls[role] = start(
-                stack, folder, f"stock-{role}", model, core, ["--kv-transfer-config", connector], env
-            )
+            urls[role] = start(stack, folder, f"stock-{role}", model, core, ["--kv-transfer-config", connector], env)
         client = Client(model)
 
         def local(prompt: list[int]) -> float:
@@ -230,7 +227,9 @@ def main() -> None:
     for name_, medians in result["medians_s"].items():
         for length, m in medians.items():
             ratio = m["offloaded"] / m["local"]
-            print(f"{name_:7} {length:>5} tokens: local {m['local']:.3f} s, offloaded {m['offloaded']:.3f} s, ratio {ratio:.2f}")
+            print(
+                f"{name_:7} {length:>5} tokens: local {m['local']:.3f} s, offloaded {m['offloaded']:.3f} s: {ratio:.2f}"
+            )
     print(json.dumps(result))
 
 

@@ -123,14 +123,17 @@ class TransferSettings(_Settings):
     compile: bool = Field(default=True, description="Compile the codec with Inductor at start (5-20 s the first time).")
     guard_tokens: int = Field(default=1024, ge=0, description="Tokens of real KV a layer is measured on before int8.")
     guard_limit: float = Field(
-        default=0.01, gt=0, description="Quantization noise over variance, per channel, above which a layer goes raw."
+        default=2e-3,
+        gt=0,
+        description="Quantization noise over variance, per channel, above which a layer steps down to int8c, then raw;"
+        " attention KL is about half of it.",
     )
     slot_bytes: int = Field(default=16 << 20, ge=4096, description="Size of one landing slot.")
     region_slots: int = Field(default=8, ge=1, le=4096, description="Slots of each peer's region: its credit window.")
     ring_max_bytes: int = Field(default=1 << 30, ge=4096, description="All regions of one worker rank together.")
     scatter_budget_ms: float = Field(default=2.0, gt=0, description="Decode and scatter per busy engine step.")
     scatter_idle_budget_ms: float = Field(
-        default=20.0, gt=0, description="The same in a step that computes nothing else."
+        default=5.0, gt=0, description="The same in a step that computes nothing else."
     )
     offer_timeout_s: float = Field(default=1.0, gt=0, description="Wait for Accepted or Refused.")
     start_timeout_s: float = Field(default=60.0, gt=0, description="Wait in the prefill worker's queue.")

@@ -106,7 +106,7 @@ class MemoryTransport:
         """
         for buffer in self.buffers:
             offset = address - buffer.data_ptr()
-            if 0 <= offset and offset + nbytes <= buffer.numel():
+            if offset >= 0 and offset + nbytes <= buffer.numel():
                 return buffer[offset : offset + nbytes]
         raise TransportError(f"{nbytes} bytes at {address:#x} are not registered by {self.agent_name}")
 

@@ -8,7 +8,7 @@ import models
 import pytest
 from engines import TIMINGS, Timing
 
-SHOWN_S = 1.0  # of a fixture
+SHOWN_S = 1.0
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +29,12 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
     try:
         return (yield)
     finally:
-        seconds = time.monotonic() - started
-        if seconds >= SHOWN_S:
-            TIMINGS.append(Timing(f"fixture {fixturedef.argname} ({fixturedef.scope})", seconds))
+        TIMINGS.append(Timing(f"fixture {fixturedef.argname} ({fixturedef.scope})", time.monotonic() - started))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TIMINGS:
+    slow = [timing for timing in TIMINGS if timing.seconds >= SHOWN_S]
+    if slow:
         terminalreporter.section("seconds per fixture and engine start")
-        for what, seconds in sorted(TIMINGS, key=lambda timing: -timing.seconds):
+        for what, seconds in sorted(slow, key=lambda timing: -timing.seconds):
             terminalreporter.write_line(f"{seconds:8.1f}  {what}")

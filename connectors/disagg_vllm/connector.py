@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import RequestStatus
 
 from disagg_vllm.cli_flags import settle_failure_policy
-from disagg_vllm.metadata import RankHandshake, StepReports
+from disagg_vllm.metadata import RankHandshake
 from disagg_vllm.scheduler_side import SchedulerSide
 from disagg_vllm.settings import settings_of
 from disagg_vllm.worker_side import WorkerSide, any_commands
@@ -53,6 +53,7 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_with_vllm()
         if (changed := settle_failure_policy(self._kv_transfer_config)) and role is KVConnectorRole.SCHEDULER:
             logger.info("disagg: %s", changed)
         settings = settings_of(self._kv_transfer_config)
@@ -146,4 +147,10 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         return [side for side in (self._scheduler, self._worker) if side is not None]
 
 
-__all__ = ["DisaggConnector", "StepReports"]
+def log_with_vllm() -> None:
+    """Let the core's log lines go where vLLM's go; it configures no logger but its own."""
+    core, engine = logging.getLogger("disagg_plugin"), logging.getLogger("vllm")
+    if not core.handlers:
+        core.handlers = list(engine.handlers)
+        core.setLevel(engine.level)
+        core.propagate = not engine.handlers

@@ -13,7 +13,7 @@ from disagg_plugin.kv.geometry import KVGeometry
 
 
 @dataclass
-class StepCommands(KVConnectorMetadata):
+class StepCommands(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
     """Scheduler → workers, with each step. ``computes``: the step runs a forward pass."""
 
     commands: tuple[Command, ...] = ()
@@ -21,7 +21,7 @@ class StepCommands(KVConnectorMetadata):
 
 
 @dataclass
-class StepReports(KVConnectorWorkerMetadata):
+class StepReports(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped here
     """Workers → scheduler, with each step: one report per rank."""
 
     reports: tuple[RankReport, ...] = ()
@@ -33,7 +33,7 @@ class StepReports(KVConnectorWorkerMetadata):
 
 
 @dataclass
-class RankHandshake(KVConnectorHandshakeMetadata):
+class RankHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM is untyped here
     """Worker → scheduler, once at start: how to reach the rank, or why it cannot take part."""
 
     rank: int

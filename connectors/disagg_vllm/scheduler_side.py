@@ -9,7 +9,8 @@ from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
-from disagg_plugin.errors import ConfigError, DisaggError
+from disagg_plugin.errors import DisaggError
+from disagg_plugin.kv.commands import Command
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.support import local_only_reason, unsupported_engine
@@ -65,13 +66,8 @@ class SchedulerSide:
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
         )
-        try:
-            service = ControlService(self._settings, facts, snapshot=self._snapshot)
-            service.start()
-        except ConfigError:
-            logger.exception("disagg cannot start") if logger.isEnabledFor(logging.DEBUG) else None
-            raise
-        self._service = service
+        self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
+        service.start()
         capacity = self._capacity_tokens()
         if service.decode is not None:
             self._decode = DecodeSide(
@@ -133,13 +129,13 @@ class SchedulerSide:
             self._decode.allocated(request.request_id, block_ids, external_tokens)
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
-        commands: list[object] = []
+        commands: list[Command] = []
         if self._prefill is not None:
             self._export_step(output, self._prefill)
             commands += self._prefill.step()
         if self._decode is not None:
             commands += self._decode.step()
-        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0)  # type: ignore[arg-type]
+        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0)
 
     def _export_step(self, output: "SchedulerOutput", prefill: PrefillSide) -> None:
         """Tell the prefill role what this step computes, from the engine's own block tables."""

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from disagg_plugin.config import DisaggSettings, is_loopback
 from disagg_plugin.kv.codec import KVCodec
@@ -23,18 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.disagg")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def _guarded(
-    default: R,
-) -> Callable[[Callable[Concatenate["WorkerSide", P], R]], Callable[Concatenate["WorkerSide", P], R]]:
+def _guarded(default: Any) -> Callable[[Hook], Hook]:
     """An exception in a worker hook kills the whole engine: stop here, count, say it once, answer ``default``."""
 
-    def wrap(hook: Callable[Concatenate["WorkerSide", P], R]) -> Callable[Concatenate["WorkerSide", P], R]:
+    def wrap(hook: Hook) -> Hook:
         @functools.wraps(hook)
-        def guarded(self: "WorkerSide", *args: P.args, **kwargs: P.kwargs) -> R:
+        def guarded(self: "WorkerSide", *args: Any, **kwargs: Any) -> Any:
             try:
                 return hook(self, *args, **kwargs)
             except Exception:
@@ -43,7 +40,7 @@ def _guarded(
                     logger.exception("disagg: the worker hook %s failed; further failures are counted", hook.__name__)
                 return default
 
-        return guarded
+        return cast("Hook", guarded)
 
     return wrap
 

@@ -27,7 +27,9 @@ def snapshot(
         ring = KeyRing.load(keys) if keys else None
         view = asyncio.run(fetch_snapshot(host or "127.0.0.1", int(port), ring, timeout_s=timeout_s))
     except TimeoutError:
-        typer.echo(f"disagg: no answer from {address} within {timeout_s} s: is it running, and are the keys right?", err=True)
+        typer.echo(
+            f"disagg: no answer from {address} within {timeout_s} s: is it running, and are the keys right?", err=True
+        )
         raise typer.Exit(1) from None
     except DisaggError as error:
         typer.echo(f"disagg: {error}", err=True)

@@ -34,8 +34,8 @@ class Mismatch:
 def find_mismatch(ours: Party, theirs: Party) -> Mismatch | None:
     """The first thing that forbids an exchange, or None.
 
-    Block size, cache layout, slot size and the float dtype of the cache may differ: the wire form depends on none of them.
-    A quantized cache travels as it is and therefore needs the same dtype on both sides.
+    Block size, cache layout, slot size and the float dtype of the cache may differ: the wire form depends on none
+    of them. A quantized cache travels as it is and therefore needs the same dtype on both sides.
     """
     if theirs.protocol < OLDEST_PROTOCOL:
         return Mismatch("protocol", f">= {OLDEST_PROTOCOL}", str(theirs.protocol))

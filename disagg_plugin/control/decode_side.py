@@ -178,9 +178,8 @@ class DecodeSide:
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
         """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens``."""
         transfer = self._by_request.get(request_id)
-        if transfer is None or external_tokens == 0 or transfer.state is not State.STARTED:
+        if transfer is None or external_tokens == 0 or not transfer.completed:
             return
-        transfer.state = advance(transfer.state, Event.READY)
         transfer.ready_s = self._clock()
         transfer.end_token = transfer.prompt_tokens - 1
         transfer.first_token = transfer.end_token - external_tokens
@@ -198,6 +197,11 @@ class DecodeSide:
                 block_ids=block_ids,
             )
         )
+        if transfer.state is not State.STARTED:
+            # given up between the claim and the allocation: the engine waits for the ranks' report all the same
+            self._commands.append(AbandonReceive(request_id, transfer.failure))
+            return
+        transfer.state = advance(transfer.state, Event.READY)
         self._port.ready(transfer.transfer_id, transfer.peer, transfer.first_token, transfer.end_token)
 
     def step(self) -> list[Command]:

@@ -1,4 +1,4 @@
-"""The one I/O thread of a scheduler process: an asyncio loop that owns every socket, so that the scheduler owns none."""
+"""The one I/O thread of a scheduler process: an asyncio loop owns every socket, so that the scheduler owns none."""
 
 import asyncio
 import logging

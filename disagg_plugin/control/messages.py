@@ -44,7 +44,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
     served_name: str = ""
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """A decode engine introduces itself.
 
     Attributes:
@@ -64,7 +64,7 @@ class Hello(Message, tag="hello"):
     region_slots: int
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """The prefill engine agrees; from now on it accepts offers from this peer."""
 
     protocol: int
@@ -78,7 +78,7 @@ class Welcome(Message, tag="welcome"):
     prefill_queue_max: int
 
 
-class Rejected(Message, tag="rejected"):
+class Rejected(Message, frozen=True, tag="rejected"):
     """The two engines do not fit: what differs, and both values. No offer will be accepted."""
 
     reason: str
@@ -86,7 +86,7 @@ class Rejected(Message, tag="rejected"):
     theirs: str
 
 
-class Offer(Message, tag="offer"):
+class Offer(Message, frozen=True, tag="offer"):
     """May this prompt be prefilled at your place?
 
     Attributes:
@@ -104,27 +104,27 @@ class Offer(Message, tag="offer"):
     priority: int = 0
 
 
-class Accepted(Message, tag="accepted"):
+class Accepted(Message, frozen=True, tag="accepted"):
     """Send the prompt over HTTP now; its first chunk should start in about ``eta_s``."""
 
     transfer_id: bytes
     eta_s: float
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, frozen=True, tag="refused"):
     """No; ``reason`` is a word for counters: queue_full, prompt_too_long, draining, unknown_peer, stale_epoch."""
 
     transfer_id: bytes
     reason: str
 
 
-class Started(Message, tag="started"):
+class Started(Message, frozen=True, tag="started"):
     """The first chunk of this prompt is being computed: allocate, and say Ready."""
 
     transfer_id: bytes
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """Blocks are allocated: send KV of tokens ``[first_token, end_token)``."""
 
     transfer_id: bytes
@@ -132,20 +132,20 @@ class Ready(Message, tag="ready"):
     end_token: int
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """The sender gives this transfer up; idempotent."""
 
     transfer_id: bytes
     reason: str
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """I am alive, in this epoch; answered with a LoadReport."""
 
     epoch: int
 
 
-class LoadReport(Message, tag="load"):
+class LoadReport(Message, frozen=True, tag="load"):
     """What a prefill engine says about itself; engine-neutral."""
 
     epoch: int
@@ -156,11 +156,11 @@ class LoadReport(Message, tag="load"):
     prefill_tokens_per_s: float
 
 
-class SnapshotRequest(Message, tag="snapshot?"):
+class SnapshotRequest(Message, frozen=True, tag="snapshot?"):
     """Ask for the debug view."""
 
 
-class Snapshot(Message, tag="snapshot"):
+class Snapshot(Message, frozen=True, tag="snapshot"):
     """The debug view as JSON text, for people, tests and ``disagg status``."""
 
     json: str

@@ -152,9 +152,11 @@ class PrefillSide:
             self._drop(ticket, Event.ABORT, "prefill_aborted", tell=True)
             self._forget_if_over(ticket)
             return False
-        if self._held_tokens() + ticket.computed_tokens > self._settings.transfer.hold_kv_fraction * max(
-            self._capacity_tokens, 1
-        ) and self.holds_blocks:
+        if (
+            self._held_tokens() + ticket.computed_tokens
+            > self._settings.transfer.hold_kv_fraction * max(self._capacity_tokens, 1)
+            and self.holds_blocks
+        ):
             self._drop(ticket, Event.FAIL, "hold_full", tell=True)
             self._forget_if_over(ticket)
             return False
@@ -211,8 +213,10 @@ class PrefillSide:
     @property
     def needs_steps(self) -> bool:
         """Whether the engine must go on stepping although it has no request to compute."""
-        return bool(self._commands) or self._ranks_busy or any(
-            ticket.holding or ticket.state in LOADING for ticket in self._tickets.values()
+        return (
+            bool(self._commands)
+            or self._ranks_busy
+            or any(ticket.holding or ticket.state in LOADING for ticket in self._tickets.values())
         )
 
     @property

@@ -223,7 +223,9 @@ class PrefillWorkers:
                 answer.set_exception(PeerLost(problem))
         if had:
             self.counters[problem] += 1
-            logger.warning("disagg: prefill worker %s is lost (%s); its prompts are prefilled elsewhere", worker.name, problem)
+            logger.warning(
+                "disagg: prefill worker %s is lost (%s); its prompts are prefilled elsewhere", worker.name, problem
+            )
             self._events.append(PeerLeft(worker.name, problem))
         self._publish()
 
@@ -399,4 +401,3 @@ class PrefillWorkers:
                 for w in list(self._workers.values())
             },
         }
-

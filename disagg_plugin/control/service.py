@@ -56,7 +56,9 @@ class EngineFacts:
 class ControlService:
     """The side channel and the offload calls of one scheduler process."""
 
-    def __init__(self, settings: DisaggSettings, facts: EngineFacts, *, snapshot: Callable[[], dict[str, object]]) -> None:
+    def __init__(
+        self, settings: DisaggSettings, facts: EngineFacts, *, snapshot: Callable[[], dict[str, object]]
+    ) -> None:
         channel = settings.side_channel
         self._settings = settings
         self._snapshot = snapshot

@@ -27,7 +27,7 @@ Casting an infinity to int8 gives -128 or 0, silently: hence the explicit test.
 **Compilation.** The row functions below are plain torch. Inductor makes each of them one kernel over rows
 ``[N, head_dim]``; only ``N`` is dynamic, so heads and tokens never compile anything again. INT8C runs once per head,
 whose rows are in cache when they are looked at again. A single row runs in eager: Inductor specialises on 1.
-Compiled and eager may differ by one in ``q``.
+Compiled and eager may differ by one in ``q``, and by one bf16 step in INT8C's mean.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ class IllegalTransition(DisaggError):
     """A peer, or we ourselves, did something that the protocol does not know in this state."""
 
 
-ENDINGS = {event: State.ABANDONED for event in (Event.FAIL, Event.ABORT, Event.DEADLINE, Event.PEER_LOST)}
+ENDINGS = dict.fromkeys((Event.FAIL, Event.ABORT, Event.DEADLINE, Event.PEER_LOST), State.ABANDONED)
 
 # START may overtake ACCEPT (it comes from another thread of the peer); READY may precede START when the prefill
 # side announced a start within ``alloc_lead_s``; a transfer of one chunk completes without a separate CHUNK.

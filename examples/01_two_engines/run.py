@@ -157,7 +157,7 @@ def make_prompts() -> list[str]:
 
 
 def compare(got: dict[str, Any], local: dict[str, Any]) -> str:
-    """"same", "close call at i" (int8 chose the other of two almost equal tokens), or "MISMATCH at i"."""
+    """ "same", "close call at i" (int8 chose the other of two almost equal tokens), or "MISMATCH at i"."""
     for position, (ours, theirs) in enumerate(zip(got["tokens"], local["tokens"], strict=True)):
         if ours != theirs:
             best = sorted(local["tops"][position].values(), reverse=True)
@@ -170,15 +170,18 @@ def show(outcomes: list[Outcome], half_bytes_per_token: int) -> None:
     """The table."""
     table = Table(title="What happened to each request")
     for column in ("#", "prompt", "prefilled on", "why", "codec", "wire KiB", "of raw", "of 16-bit", "TTFT s", "text"):
-        table.add_column(column, justify="right" if column in ("#", "prompt", "wire KiB", "of raw", "of 16-bit") else "left")
+        table.add_column(
+            column, justify="right" if column in ("#", "prompt", "wire KiB", "of raw", "of 16-bit") else "left"
+        )
     for number, o in enumerate(outcomes, 1):
-        cells = ["–"] * 4
+        sizes, codecs = ["–"] * 3, "–"
         if o.transfer is not None and o.transfer.get("wire_bytes"):
             wire, raw = o.transfer["wire_bytes"], o.transfer["raw_bytes"]
             tokens = o.transfer["end_token"] - o.transfer["first_token"]
             codecs = "+".join(o.transfer["codecs"])
-            cells = [codecs, f"{wire / 1024:.0f}", f"{wire / raw:.2f}", f"{wire / (tokens * half_bytes_per_token):.2f}"]
-        table.add_row(str(number), str(o.prompt_tokens), o.where, o.why, *cells, f"{o.ttft_s:.2f}", o.verdict)
+            sizes = [f"{wire / 1024:.0f}", f"{wire / raw:.2f}", f"{wire / (tokens * half_bytes_per_token):.2f}"]
+        row = (str(number), str(o.prompt_tokens), *sizes, f"{o.ttft_s:.2f}", o.where, o.why, codecs, o.verdict)
+        table.add_row(*row)
     Console(width=140).print(table)
 
 

@@ -1,12 +1,13 @@
 """Offline inference with `LLM(...)`: the decode role without a server, prefilling on a running prefill engine.
 
-    python examples/03_offline/offline.py MODEL disagg.yaml
+python examples/03_offline/offline.py MODEL disagg.yaml
 """
 
 import sys
 
-import disagg_vllm
 from vllm import LLM, SamplingParams
+
+import disagg_vllm
 
 
 def main(model: str, config_file: str) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
-from e2e.client import Engine
+from e2e.client import Engine, at_once
 from engines import free_port, serving, vllm_command, vllm_env
 from models import tiny
 
@@ -61,7 +62,9 @@ class Plan:
                 env=vllm_env(core=self.core),
             )
         )
-        return Engine(f"http://127.0.0.1:{self.port}", str(self.model), side_port, process.pid)
+        engine = Engine(f"http://127.0.0.1:{self.port}", str(self.model), side_port, process.pid)
+        stack.callback(engine.http.close)
+        return engine
 
 
 @dataclass
@@ -94,6 +97,14 @@ def settings(role: str, side_port: int, **more: Any) -> dict[str, Any]:
     }
 
 
+_running = ExitStack()  # the fleet's engines
+
+
+def end_running_fleet() -> None:
+    """End the fleet before other engines start: at most three are alive at a time."""
+    _running.close()
+
+
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
@@ -115,21 +126,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         extra=("--num-gpu-blocks-override", str(DECODE_BLOCKS)),
     )
     s_plan = Plan("stock", model, s_port, 0, None)
-    with ExitStack() as stack:
+    with _running as stack:
         prefill_life = stack.enter_context(ExitStack())
         stock_life = stack.enter_context(ExitStack())
         decode_life = stack.enter_context(ExitStack())
         with_engines = [(p_plan, prefill_life), (d_plan, decode_life), (s_plan, stock_life)]
-        from e2e.client import at_once
-
         prefill, decode, stock = at_once([lambda p=p, s=s: p.start(s, folder) for p, s in with_engines])
-        decode.when(lambda view: bool(view["decode"]["peers"]) or any(
-            w["healthy"] for w in view["prefill_workers"]["workers"].values()
-        ))
+        decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
         decode.complete(range(1_000, 1_600), cache_salt="warm-up")  # the first transfer wires the NIXL agents up
-        yield Fleet(
-            p_plan, prefill, decode, stock, folder, prefill_life, stock_life, warm_decode=settle(decode)
-        )
+        yield Fleet(p_plan, prefill, decode, stock, folder, prefill_life, stock_life, warm_decode=settle(decode))
 
 
 def is_quiet(view: dict[str, Any]) -> bool:
@@ -157,5 +162,5 @@ def pair(fleet: Fleet) -> Iterator[Fleet]:
     view = settle(fleet.decode)
     assert view["threads"] == fleet.warm_decode["threads"]
     assert view["decode"]["tracked_requests"] == 0
-    if fleet.prefill.http is not None and fleet.prefill.pid:
+    if psutil.pid_exists(fleet.prefill.pid) and psutil.Process(fleet.prefill.pid).status() != psutil.STATUS_ZOMBIE:
         settle(fleet.prefill)

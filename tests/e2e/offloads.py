@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from e2e.client import same_tokens
+from e2e.client import Engine, same_tokens
 from e2e.conftest import Fleet
 
 
@@ -14,12 +14,12 @@ def prompt_of(tokens: int, seed: int = 0) -> list[int]:
 class Offloads:
     """What the decode engine counted while a block of code ran."""
 
-    def __init__(self, pair: Fleet) -> None:
-        self._pair = pair
-        self._before = pair.decode.snapshot()["decode"]
+    def __init__(self, decode: Engine) -> None:
+        self._engine = decode
+        self._before = decode.snapshot()["decode"]
 
     def totals(self) -> dict[str, int]:
-        after = self._pair.decode.snapshot()["decode"]
+        after = self._engine.snapshot()["decode"]
         keys = ("landed", "wire_bytes", "raw_bytes", "offered")
         counted = {key: after["totals"].get(key, 0) - self._before["totals"].get(key, 0) for key in keys}
         counted["fallbacks"] = sum(after["fallbacks"].values()) - sum(self._before["fallbacks"].values())
@@ -28,7 +28,7 @@ class Offloads:
 
 def assert_offloaded_as_local(pair: Fleet, prompt: list[int], **params: Any) -> dict[str, int]:
     """One request: offloaded, not repaired, moved bytes, and equal to the stock engine's own answer."""
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     got = pair.decode.complete(prompt, **params)
     totals = counted.totals()
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)

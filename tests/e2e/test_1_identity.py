@@ -47,7 +47,7 @@ def test_a_prompt_that_prefill_has_cached_is_sent_whole(pair: Fleet) -> None:
 
 def test_sixteen_at_once_are_all_right(pair: Fleet) -> None:
     prompts = [prompt_of(200 + 50 * i, seed=3) for i in range(16)]
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     answers: list[Answer] = at_once([lambda p=p: pair.decode.complete(p, cache_salt="many") for p in prompts])
     totals = counted.totals()
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (16, 16, 0)
@@ -67,15 +67,17 @@ def assert_same_up_to_batching(got: Answer, local: Answer) -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        pytest.param(lambda e, p: e.stream(p, cache_salt="form"), id="streaming"),
-        pytest.param(lambda e, p: [a.text for a in e.choices(p, n=2, cache_salt="form")], id="n=2"),
+        pytest.param(lambda e, p: e.stream(p, cache_salt="stream"), id="streaming"),
+        pytest.param(
+            lambda e, p: sorted(a.text for a in e.choices(p, n=2, temperature=0.5, seed=3, cache_salt="n=2")), id="n=2"
+        ),
         pytest.param(lambda e, p: e.chat(" ".join(str(t) for t in p[:150])), id="chat"),
-        pytest.param(lambda e, p: e.complete(" ".join(str(t) for t in p[:150])).text, id="text prompt"),
+        pytest.param(lambda e, p: e.complete(" ".join(str(t) for t in p[150:300])).text, id="text prompt"),
     ],
 )
 def test_every_form_of_request_is_offloaded_and_right(pair: Fleet, ask: Callable[..., Any]) -> None:
     prompt = prompt_of(500, seed=4)
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     got = ask(pair.decode, prompt)
     totals = counted.totals()
     assert totals["landed"] >= 1
@@ -84,7 +86,7 @@ def test_every_form_of_request_is_offloaded_and_right(pair: Fleet, ask: Callable
 
 
 def test_a_short_prompt_stays_local(pair: Fleet) -> None:
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     prompt = prompt_of(THRESHOLD, seed=5)
     got = pair.decode.complete(prompt)
     assert counted.totals()["offered"] == 0

@@ -26,7 +26,7 @@ def test_a_queue_at_the_prefill_worker_does_not_hold_up_short_prompts(pair: Flee
     shorts = [prompt_of(20, seed=100 + i) for i in range(60)]
     longs = [prompt_of(2_900, seed=200 + i) for i in range(20)]
     alone_s = statistics.median(ttft_s(pair.decode, p) for p in shorts[:15])
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     preemptions = _preemptions(pair.decode)
     with ThreadPoolExecutor(20) as pool:
         futures = [pool.submit(pair.decode.complete, p, max_tokens=4, cache_salt="queue") for p in longs]
@@ -46,9 +46,7 @@ def test_a_queue_at_the_prefill_worker_does_not_hold_up_short_prompts(pair: Flee
 def _preemptions(engine: Engine) -> float:
     text = engine.http.get(f"{engine.url}/metrics").text
     return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith("vllm:num_preemptions_total")
+        float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("vllm:num_preemptions_total")
     )
 
 

@@ -53,10 +53,14 @@ def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, sta
 def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet) -> None:
     prompt = prompt_of(3_500, seed=7)
     local = pair.stock.complete(prompt, cache_salt="local")
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(pair.decode.complete, prompt, cache_salt="dies")
-        pair.decode.when(lambda v: any(r.get("chunks_received", 0) > 3 and r.get("open_receives", 0) for r in v["decode"]["ranks"].values()))
+        pair.decode.when(
+            lambda v: any(
+                r.get("chunks_received", 0) > 3 and r.get("open_receives", 0) for r in v["decode"]["ranks"].values()
+            )
+        )
         end_tree(pair.prefill, signal.SIGKILL)
         got = future.result(timeout=120)
     assert same_tokens(got, local)
@@ -66,7 +70,7 @@ def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet)
 
 def test_with_a_dead_prefill_worker_prompts_are_prefilled_locally(pair: Fleet) -> None:
     prompt = prompt_of(700, seed=8)
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     got = pair.decode.complete(prompt, cache_salt="dead")
     assert same_tokens(got, pair.stock.complete(prompt, cache_salt="local"))
     assert counted.totals()["offered"] == 0
@@ -94,7 +98,7 @@ def test_a_worker_with_other_weights_is_refused_once_and_never_used(pair: Fleet)
     pair.prefill = plan.start(pair.prefill_life, pair.folder)
     view = pair.decode.when(lambda v: v["prefill_workers"]["counters"].get("rejected_weights_digest", 0) > 0)
     assert view["prefill_workers"]["counters"]["rejected_weights_digest"] == 1
-    counted = Offloads(pair)
+    counted = Offloads(pair.decode)
     got = pair.decode.complete(prompt_of(900, seed=10), cache_salt="other-seed")
     assert same_tokens(got, stock_local)
     assert counted.totals()["offered"] == 0

@@ -26,7 +26,8 @@ from disagg_plugin.testing import DenseView, canonical_noise
 
 
 class FaultyTransport:
-    """The real transport, and what goes wrong on the way; ``next_faults`` names one fault per write to come.
+    """The real transport, and what goes wrong on the way; ``next_faults`` names one fault per chunk to come, when it is
+    first sent; ``all_corrupt`` damages every write.
 
     corrupt       one byte of the payload is flipped
     truncate      the second half of the chunk never arrives
@@ -42,6 +43,7 @@ class FaultyTransport:
         self._first_write = b""
         self._extra: list[WriteHandle] = []
         self.next_faults: deque[str] = deque()
+        self.all_corrupt = False
         self.to_send: deque[tuple[str, bytes]] = deque()
         inner.register(self._scratch.buffer)
 
@@ -57,11 +59,11 @@ class FaultyTransport:
     def write(
         self, peer: str, *, local_address: int, remote_address: int, nbytes: int, notification: bytes
     ) -> WriteHandle:
-        fault = self.next_faults.popleft() if self.next_faults else ""
         chunk = _memory(local_address, nbytes)
         self._first_write = self._first_write or chunk
         sent, written = parse_notification(notification), nbytes
-        if fault == "corrupt":
+        fault = self.next_faults.popleft() if self.next_faults and sent.attempt == 0 else ""
+        if fault == "corrupt" or self.all_corrupt:
             local_address = self._scratched(0, bytes([*chunk[:-5], chunk[-5] ^ 1, *chunk[-4:]]))
         elif fault == "truncate":
             written = nbytes // 2
@@ -126,8 +128,7 @@ class Worker:
             transport=self.transport,
         )
         self.said: dict[str, list[Any]] = {
-            key: []
-            for key in ("completed", "invalid", "released", "received", "receive_failed", "staged", "sent")
+            key: [] for key in ("completed", "invalid", "released", "received", "receive_failed", "staged", "sent")
         } | {"send_failed": [], "codecs": []}
 
     def step(self) -> None:
@@ -156,7 +157,8 @@ class Worker:
             case "worst_error":
                 return self.worst_error(**request)
             case "faults":
-                self.transport.next_faults.extend(request["names"])
+                self.transport.next_faults = deque(request["names"])
+                self.transport.all_corrupt = request.get("all_corrupt", False)
             case "notify":
                 self.transport.to_send.append((request["peer"], bytes.fromhex(request["message"])))
             case "state":

@@ -45,7 +45,7 @@ class Child:
             "epoch": epoch,
             "geometry": GEOMETRY,
             "transfer": TRANSFER,
-            "blocks": 2048,
+            "blocks": 4096,
             "block_size": 16 if engine == "p" else 8,
         }
         self._stderr = log.open("ab")
@@ -117,6 +117,8 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
 class Pair:
     """A prefill and a decode process that know each other."""
 
+    eventually = staticmethod(eventually)
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._transfers = 0
@@ -129,10 +131,11 @@ class Pair:
         return Child(engine, epoch, self._folder / f"{engine}-{epoch}.log")
 
     def restart(self, engine: str) -> None:
-        """A new epoch takes the place of a process that was killed."""
+        """A new epoch takes the place of a process, which is killed if it still lives."""
         old = self.prefill if engine == "p" else self.decode
         new = self.start(engine, old.epoch + 1)
         assert new.reply() == "ready"
+        old.kill()
         if engine == "p":
             self.prefill = new
         else:
@@ -200,9 +203,7 @@ class Transfer:
 
     def wait_failed(self, side: str) -> str:
         """The reason with which a side gave up."""
-        child, what = (
-            (self.pair.prefill, "send_failed") if side == "p" else (self.pair.decode, "receive_failed")
-        )
+        child, what = (self.pair.prefill, "send_failed") if side == "p" else (self.pair.decode, "receive_failed")
         key = self.transfer_id if side == "p" else self.request_id
         return str(eventually(lambda: dict(child.said(what)).get(key), f"{self.request_id} fails on {side}"))
 
@@ -232,8 +233,10 @@ class Transfer:
 @pytest.fixture(scope="module")
 def shared_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair = Pair(tmp_path_factory.mktemp("nixl"))
-    yield pair
-    pair.close()
+    try:
+        yield pair
+    finally:
+        pair.close()
 
 
 @pytest.fixture
@@ -241,3 +244,14 @@ def pair(shared_pair: Pair) -> Iterator[Pair]:
     """Two processes, idle before the test and after it."""
     yield shared_pair
     shared_pair.assert_nothing_leaks()
+
+
+@pytest.fixture
+def own_pair(tmp_path: Path) -> Iterator[Pair]:
+    """Two processes for one test that kills or replaces them; idle after it."""
+    pair = Pair(tmp_path)
+    try:
+        yield pair
+        pair.assert_nothing_leaks()
+    finally:
+        pair.close()

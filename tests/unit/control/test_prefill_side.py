@@ -191,7 +191,22 @@ def test_a_lost_peer_releases_what_was_held_for_it() -> None:
 
 
 ACTIONS = st.sampled_from(
-    ["offer", "arrive", "ready", "cancel", "lost", "compute", "preempt", "end", "abort", "step", "staged", "sent", "failed", "wait"]
+    [
+        "offer",
+        "arrive",
+        "ready",
+        "cancel",
+        "lost",
+        "compute",
+        "preempt",
+        "end",
+        "abort",
+        "step",
+        "staged",
+        "sent",
+        "failed",
+        "wait",
+    ]
 )
 
 

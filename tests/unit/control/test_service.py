@@ -1,4 +1,4 @@
-"""Two scheduler processes' control planes, real sockets on loopback: handshake, offer, prompt over HTTP, ready, cancel."""
+"""Two scheduler processes' control planes over real loopback sockets: handshake, offer, HTTP prompt, ready, cancel."""
 
 import json
 import socket
@@ -182,7 +182,9 @@ def test_an_http_error_is_a_fallback_with_its_status(http: HttpPrefill, status: 
     http.may_answer.set()
     with running(Pair(http)) as pair:
         pair.offloading()
-        eventually(lambda: pair.decode.fallbacks[f"http_{status}"] == 1 or pair.match() == PrefillLocally(f"http_{status}"))
+        eventually(
+            lambda: pair.decode.fallbacks[f"http_{status}"] == 1 or pair.match() == PrefillLocally(f"http_{status}")
+        )
 
 
 def test_an_abort_on_decode_cancels_on_prefill_and_closes_the_connection(http: HttpPrefill) -> None:
@@ -201,7 +203,9 @@ def test_an_abort_on_decode_cancels_on_prefill_and_closes_the_connection(http: H
         pytest.param(replace(FACTS, model=ModelIdentity("config-b", "weights-a")), "config_fingerprint", id="config"),
         pytest.param(replace(FACTS, geometry=replace(GEOMETRY, layers=5)), "layers", id="layers"),
         pytest.param(
-            replace(FACTS, geometry=replace(GEOMETRY, dtype="float8_e4m3fn")), "kv_dtype", id="quantized cache on one side"
+            replace(FACTS, geometry=replace(GEOMETRY, dtype="float8_e4m3fn")),
+            "kv_dtype",
+            id="quantized cache on one side",
         ),
     ],
 )
@@ -215,7 +219,9 @@ def test_engines_that_do_not_fit_refuse_each_other_once_naming_both_values(
         assert pair.match() == PrefillLocally("no_healthy_worker")
         threading.Event().wait(0.5)  # several heartbeats: it must not ask again
         assert links.counters[f"rejected_{reason}"] == 1
-    (line,) = [r.getMessage() for r in caplog.records if f"{reason} differs" in r.getMessage() and "refused" in r.getMessage()]
+    (line,) = [
+        r.getMessage() for r in caplog.records if f"{reason} differs" in r.getMessage() and "refused" in r.getMessage()
+    ]
     assert "ours" in line
     assert "theirs" in line
 
@@ -231,9 +237,7 @@ def test_a_restarted_prefill_engine_is_met_again_and_its_transfers_are_repaired(
         pair.p_service.close()
         eventually(lambda: isinstance(pair.match(), PrefillLocally))
         eventually(lambda: not pair.met())
-        pair.p_service = pair.service(
-            load_settings({"role": "prefill", "side_channel": {"port": pair.port}}), FACTS
-        )
+        pair.p_service = pair.service(load_settings({"role": "prefill", "side_channel": {"port": pair.port}}), FACTS)
         eventually(pair.met)
         epochs = [c.epoch for c in pair.decode.step() if isinstance(c, AddPeer)]
         assert epochs[-1] == pair.p_service.epoch
