@@ -31,7 +31,7 @@ COUNTERS = (
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_SPIN_S = 0.0005  # poll without a pause this long after something happened
+_SPIN_S = 0.0001  # poll without a pause this long after something happened
 _SHORT_WAIT_S = 0.0002  # and this often for as long as _SHORT_WAITS_S
 _SHORT_WAITS_S = 0.01
 _LONG_WAIT_S = 0.001

@@ -182,39 +182,46 @@ class ChunkEncoder:
         guard = None
         if wanted is not SectionCodec.RAW:
             guard = self._guards.get(wanted) or self._guards.setdefault(wanted, self._guard_for(wanted))
+        size = {codec: self._section_bytes(codec, end - start) for codec in SectionCodec}
         offset = payload_offset(self._sections)
         codecs = []
         for section in range(self._sections):
             layer, side = divmod(section, self._source.geometry.sides)
             kv = self._source.gather(layer, side, block_ids, start, end)
-            codec = SectionCodec.RAW if guard is None else guard.choose(layer, side, kv)
-            used = self._encode_into(kv, codec, memory[offset:])
-            if used is None:
+            used = SectionCodec.RAW if guard is None else guard.choose(layer, side, kv)
+            if used is not SectionCodec.RAW:
+                used = self._quantize(kv, used, memory[offset:], size)
+            room = len(memory) - offset
+            if padded(size[used]) > room:
                 return None
-            codecs.append(used[0])
-            offset += used[1]
+            if used is SectionCodec.RAW:
+                memory[offset : offset + size[used]].view(kv.dtype).view(kv.shape).copy_(kv)
+            offset += size[used]
+            if padded(offset) > offset:
+                memory[offset : padded(offset)].zero_()
+                offset = padded(offset)
+            codecs.append(used)
         return tuple(codecs)
 
-    def _encode_into(self, kv: Tensor, codec: SectionCodec, out: Tensor) -> tuple[SectionCodec, int] | None:
-        """Encode to the beginning of ``out``; ``None`` if it does not fit. The seam for caches on a GPU.
+    def _quantize(self, kv: Tensor, codec: SectionCodec, out: Tensor, size: dict[SectionCodec, int]) -> SectionCodec:
+        """Encode to the beginning of ``out``; RAW if that cannot be, and then ``out`` holds nothing.
 
         The codec wants room for the RAW form, whatever it writes: where less is left of the slot, and for KV that is
         not in host memory (that path is **untested on a GPU**), it encodes to a buffer aside, which is then copied.
         """
-        raw_bytes = kv.numel() * kv.element_size()
-        direct = kv.device.type == "cpu" and len(out) >= raw_bytes
-        if not direct and (len(self._scratch) < raw_bytes or self._scratch.device != kv.device):
-            self._scratch = empty(raw_bytes, dtype=uint8, device=kv.device)
-        used = self._codec.encode(kv, codec, out if direct else self._scratch)
-        heads, tokens, head_dim = kv.shape
-        nbytes = section_bytes(used, heads=heads, tokens=tokens, head_dim=head_dim, dtype=self._source.geometry.dtype)
-        if padded(nbytes) > len(out):
-            return None
-        if not direct:
-            out[:nbytes].copy_(self._scratch[:nbytes])
-        if padded(nbytes) > nbytes:
-            out[nbytes : padded(nbytes)].zero_()
-        return used, padded(nbytes)
+        direct = kv.device.type == "cpu" and len(out) >= size[SectionCodec.RAW]
+        if direct:
+            return self._codec.encode(kv, codec, out)
+        if len(self._scratch) < size[SectionCodec.RAW] or self._scratch.device != kv.device:
+            self._scratch = empty(size[SectionCodec.RAW], dtype=uint8, device=kv.device)
+        used = self._codec.encode(kv, codec, self._scratch)
+        if used is not SectionCodec.RAW and size[used] <= len(out):
+            out[: size[used]].copy_(self._scratch[: size[used]])
+        return used
+
+    def _section_bytes(self, codec: SectionCodec, tokens: int) -> int:
+        geometry, heads = self._source.geometry, self._source.heads.count
+        return section_bytes(codec, heads=heads, tokens=tokens, head_dim=geometry.head_dim, dtype=geometry.dtype)
 
 
 class Stager:

@@ -169,10 +169,11 @@ def compare(got: dict[str, Any], local: dict[str, Any]) -> str:
 def show(outcomes: list[Outcome], half_bytes_per_token: int) -> None:
     """The table."""
     table = Table(title="What happened to each request")
-    for column in ("#", "prompt", "prefilled on", "why", "codec", "wire KiB", "of raw", "of 16-bit", "TTFT s", "text"):
-        table.add_column(
-            column, justify="right" if column in ("#", "prompt", "wire KiB", "of raw", "of 16-bit") else "left"
-        )
+    for column in ("#", "prompt tokens", "prefilled on", "why", "codec"):
+        table.add_column(column)
+    for column in ("wire KiB", "of raw", "of 16-bit", "TTFT s"):
+        table.add_column(column, justify="right")
+    table.add_column("text against local")
     for number, o in enumerate(outcomes, 1):
         sizes, codecs = ["–"] * 3, "–"
         if o.transfer is not None and o.transfer.get("wire_bytes"):
@@ -180,8 +181,8 @@ def show(outcomes: list[Outcome], half_bytes_per_token: int) -> None:
             tokens = o.transfer["end_token"] - o.transfer["first_token"]
             codecs = "+".join(o.transfer["codecs"])
             sizes = [f"{wire / 1024:.0f}", f"{wire / raw:.2f}", f"{wire / (tokens * half_bytes_per_token):.2f}"]
-        row = (str(number), str(o.prompt_tokens), *sizes, f"{o.ttft_s:.2f}", o.where, o.why, codecs, o.verdict)
-        table.add_row(*row)
+        where = (str(number), str(o.prompt_tokens), o.where, o.why, codecs)
+        table.add_row(*where, *sizes, f"{o.ttft_s:.2f}", o.verdict)
     Console(width=140).print(table)
 
 

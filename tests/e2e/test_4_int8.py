@@ -25,7 +25,7 @@ from models import smollm2
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-CONTEXT_TOKENS = 208  # 13 blocks of 16
+CONTEXT_TOKENS = 224  # 7 blocks of 32
 POSITIONS = 101
 TOP = 200
 TOPICS = (
@@ -45,7 +45,7 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine
     ports = [free_port() for _ in range(4)]
     transfer = {"codec": "int8", "guard_tokens": 256}
     policy = {"prompt_length_threshold": 128}
-    extra = ("--block-size", "16", "--max-logprobs", str(TOP), "--max-model-len", "1024")
+    extra = ("--max-logprobs", str(TOP), "--max-model-len", "1024")
     worker = {"url": f"http://127.0.0.1:{ports[0]}", "side_channel": f"127.0.0.1:{ports[1]}"}
     model = smollm2()
     p_plan = Plan(
@@ -113,7 +113,8 @@ def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[t
     totals = counted.totals()
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0), "the context, and nothing else"
     (transfer,) = [t for t in decode.snapshot()["decode"]["recent"] if t["wire_bytes"] == totals["wire_bytes"]][-1:]
-    assert transfer["codecs"] == ["int8"]
+    assert transfer["codecs"], "layers with biased key channels are centred first (int8c), none goes raw"
+    assert set(transfer["codecs"]) <= {"int8", "int8c"}
     assert totals["wire_bytes"] <= 0.27 * totals["raw_bytes"], "of an fp32 cache"
     return compared
 
@@ -158,5 +159,5 @@ def test_the_offline_example_prefills_on_the_running_prefill_engine(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     prompt = "List everything that a ship's captain should check before leaving the harbour. " * 30
-    assert done.stdout.strip().splitlines()[-1] == repr(prefill.complete(prompt, cache_salt="offline").text)
+    assert repr(prefill.complete(prompt, cache_salt="offline").text) in done.stdout.splitlines()
     assert settle(prefill)["prefill"]["totals"]["sent"] == before + 1
