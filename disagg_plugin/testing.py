@@ -207,7 +207,10 @@ class DenseView:
 
 
 def canonical_noise(geometry: KVGeometry, heads: HeadRange, seed: int, tokens: int) -> torch.Tensor:
-    """``[layers, sides, heads, tokens, head_dim]``, the same in every process; token ``t`` does not depend on ``tokens``."""
+    """``[layers, sides, heads, tokens, head_dim]``, the same in every process.
+
+    A token's values do not depend on ``tokens``, as long as its numbers in all layers are a multiple of 16.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens, geometry.layers, geometry.sides, heads.count, geometry.head_dim)
     noise = torch.randn(shape, generator=generator)

@@ -116,7 +116,7 @@ class SendState:
     first_chunk_s: float = 0.0
     last_computed_s: float | None = None
     acknowledged_s: float = 0.0
-    release_request: str | None = None
+    release_requests: list[str] = field(default_factory=list)
     staged: bool = False
 
     @property
@@ -303,8 +303,8 @@ class Stager:
         state = self._sends.get(command.transfer_id)
         if state is None or state.staged:
             self.outcomes.released.append(command.request_id)
-        elif state.release_request is None:
-            state.release_request = command.request_id
+        elif command.request_id not in state.release_requests:
+            state.release_requests.append(command.request_id)
             self._settle(state)
 
     def drop(self, command: DropSend) -> None:
@@ -424,13 +424,12 @@ class Stager:
             self.outcomes.sent.append(state.transfer_id)
             self.outcomes.timings.append(_timing(state))
             self._end(state)
-        elif state.release_request is not None and state.next_token >= state.available:
+        elif state.release_requests and state.next_token >= state.available:
             self.fail(state.transfer_id, "incomplete")  # its request ended: nothing more will be computed
 
     def _release_blocks(self, state: SendState) -> None:
-        if state.release_request is not None:
-            self.outcomes.released.append(state.release_request)
-            state.release_request = None
+        self.outcomes.released += state.release_requests
+        state.release_requests.clear()
 
     def _end(self, state: SendState) -> None:
         self._release_blocks(state)

@@ -130,12 +130,16 @@ class Pair:
     def start(self, engine: str, epoch: int) -> Child:
         return Child(engine, epoch, self._folder / f"{engine}-{epoch}.log")
 
-    def restart(self, engine: str) -> None:
-        """A new epoch takes the place of a process, which is killed if it still lives."""
+    def successor(self, engine: str) -> Child:
+        """A process of the next epoch, ready to take over."""
         old = self.prefill if engine == "p" else self.decode
         new = self.start(engine, old.epoch + 1)
         assert new.reply() == "ready"
-        old.kill()
+        return new
+
+    def replace(self, engine: str, new: Child) -> None:
+        """Kill the old process, if it still lives, and introduce the new one."""
+        (self.prefill if engine == "p" else self.decode).kill()
         if engine == "p":
             self.prefill = new
         else:

@@ -136,14 +136,15 @@ def test_a_side_that_is_killed_comes_back_with_a_new_epoch(own_pair, side):
         assert transfer.worst_error(end=landed_prefix(transfer, invalid)) == 0.0
     else:
         assert transfer.wait_failed("p") in ("peer_lost", "transport", "stalled")
-    pair.restart(side)
+    pair.replace(side, pair.successor(side))
     assert_next_one_works(pair)
 
 
 def test_a_restart_before_anyone_noticed_fails_what_was_open(own_pair):
     pair = own_pair
-    transfer = pair.begin(LONG * 2)
-    pair.restart("p")
+    successor = pair.successor("p")
+    transfer = begin_and_wait_for_chunks(pair)
+    pair.replace("p", successor)
     assert transfer.wait_failed("d") in ("peer_restarted", "peer_lost")
     transfer.abandon()
     assert_next_one_works(pair)

@@ -1,0 +1,1 @@
+"""What the policies feed on: load, prefixes, latency, and the decisions themselves."""

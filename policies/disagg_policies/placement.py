@@ -1,0 +1,222 @@
+"""Which prefill workers a prompt is offered to, best first: pure functions of a snapshot.
+
+Every function has the same head: ``policy(snapshot, *, limit, prefill_queue_max, suspect_after_s, ...)``. They look
+only at workers that are healthy, whose report is at most ``suspect_after_s`` old, that take a prompt of this length,
+and whose queue is shorter than ``prefill_queue_max``; without any, the placement says why. ``limit`` is how many are
+named: the second is asked if the first refuses.
+
+Ties break by a hash of (request, decode engine), see ``ties``: many decode engines that see the same reports must not
+herd onto one idle worker.
+"""
+
+from collections.abc import Sequence
+
+from disagg_policies.snapshots import Link, Placement, Snapshot, WorkerState
+from disagg_policies.ties import seed, tie_breaker
+
+TIE = 1e-9  # scores are in [0, 1]; what differs by less is rounding
+RUNNING_SCALE = 16  # requests; a worker that runs as many counts as half busy
+UNLIMITED = 1 << 62
+
+
+def eligible(
+    prompt_tokens: int,
+    workers: Sequence[WorkerState],
+    *,
+    now_s: float = 0.0,
+    prefill_queue_max: int | None = None,
+    suspect_after_s: float = 1.0,
+) -> list[int]:
+    """Indices of the workers that may be asked.
+
+    Args:
+        prefill_queue_max: Requests; a worker at this length is not asked. The source is Dynamo's conditional policy.
+        suspect_after_s: Age from which a report is not believed any more.
+    """
+    oldest_s = now_s - suspect_after_s
+    queue_max = UNLIMITED if prefill_queue_max is None else prefill_queue_max
+    return [
+        index
+        for index, w in enumerate(workers)
+        if w.healthy
+        and w.reported_s >= oldest_s
+        and w.max_prompt_tokens >= prompt_tokens
+        and w.queued_requests + w.in_flight_requests < queue_max
+    ]
+
+
+def why_nobody(
+    prompt_tokens: int, workers: Sequence[WorkerState], *, now_s: float = 0.0, suspect_after_s: float = 1.0
+) -> str:
+    """The word for counters where ``eligible`` is empty: the first requirement that leaves no worker."""
+    if not workers:
+        return "no_workers"
+    healthy = [w for w in workers if w.healthy and w.reported_s >= now_s - suspect_after_s]
+    if not healthy:
+        return "no_healthy_worker"
+    return "queue_full" if any(w.max_prompt_tokens >= prompt_tokens for w in healthy) else "prompt_too_long"
+
+
+def score(
+    snapshot: Snapshot,
+    *,
+    prefix_cache_weight: float = 10.0,
+    queue_length_weight: float = 1.5,
+    decode_load_weight: float = 0.5,
+    link_weight: float = 1.0,
+    enable_hotspot_prevention: bool = True,
+    limit: int = 2,
+    prefill_queue_max: int | None = None,
+    suspect_after_s: float = 1.0,
+) -> Placement:
+    """The highest weighted sum of four factors, each between 0 and 1, divided by the sum of the weights.
+
+    With ``n`` = prompt tokens and ``work_s = n * D's prefill seconds per token`` (the yardstick: the same for every
+    worker, so that one worker's failure or load never changes how two others compare)::
+
+        prefix    overlap / n
+        queue     work_s / (work_s + wait_s)   wait_s = (queued + in flight + n) tokens / its tokens per second
+        decode    1 - (kv_usage + running / (running + 16)) / 2
+        link      work_s / (work_s + wire_s)   wire_s = setup_s + (n - held by D) * wire bytes per token / bytes per s
+
+    Hotspot prevention: with ``queue_s`` = (queued + in flight) tokens / tokens per second, and a worker's fair share
+    = the mean ``queue_s`` of all other workers (failed ones too: what they held has to go somewhere), a worker above
+    it keeps ``max(0, 1 - (queue_s - fair_s) / (fair_s + work_s))`` of its prefix factor: nothing once it is one such
+    prompt beyond twice its share. On an otherwise idle fleet that is where recomputing elsewhere is as fast as
+    waiting.
+
+    Weights and the name of the switch are Dynamo users' (``split_policy``); their ratio 10 : 1.5 is AIBrix's, whose
+    own comment says that on raw counts it makes a magnet for bursts.
+    """
+    n = max(1, snapshot.prompt.prompt_tokens)
+    workers = snapshot.workers
+    fit = set(
+        eligible(n, workers, now_s=snapshot.now_s, prefill_queue_max=prefill_queue_max, suspect_after_s=suspect_after_s)
+    )
+    if not fit:
+        return _nobody(snapshot, suspect_after_s)
+    work_s = n * snapshot.decode.prefill.per_token_s or TIE
+    wire_tokens = snapshot.prompt.uncached_tokens
+    total_weight = (prefix_cache_weight + queue_length_weight + decode_load_weight + link_weight) or 1.0
+    prefix_weight = prefix_cache_weight / total_weight / n
+    queue_weight = queue_length_weight / total_weight * work_s
+    half_decode_weight = decode_load_weight / total_weight / 2
+    link_weight = link_weight / total_weight * work_s
+
+    queues_s = [(w.queued_prefill_tokens + w.in_flight_tokens) / w.prefill_tokens_per_s for w in workers]
+    total_s, others = sum(queues_s), len(workers) - 1
+    link: Link | None = None
+    link_part = 0.0
+    scores: list[float] = []
+    names: list[str] = []
+    overlaps = snapshot.overlap_tokens or (0,) * len(workers)
+    for index, (w, queue_s, overlap) in enumerate(zip(workers, queues_s, overlaps, strict=True)):
+        if index not in fit:
+            continue
+        if w.link is not link:  # workers often share one
+            link = w.link
+            wire_s = link.setup_s + wire_tokens * link.wire_bytes_per_token / link.bytes_per_s
+            link_part = link_weight / (work_s + wire_s)
+        running = w.running_requests
+        value = (
+            queue_weight / (work_s + queue_s + n / w.prefill_tokens_per_s)
+            + half_decode_weight * (2.0 - w.kv_usage - running / (running + RUNNING_SCALE))
+            + link_part
+        )
+        if overlap:
+            bonus = prefix_weight * overlap
+            if enable_hotspot_prevention and others:
+                fair_s = (total_s - queue_s) / others
+                if queue_s > fair_s:
+                    bonus *= max(0.0, 1.0 - (queue_s - fair_s) / (fair_s + work_s))
+            value += bonus
+        scores.append(value)
+        names.append(w.worker)
+    return _best(snapshot, names, scores, limit, "score")
+
+
+def least_loaded(
+    snapshot: Snapshot, *, limit: int = 2, prefill_queue_max: int | None = None, suspect_after_s: float = 1.0
+) -> Placement:
+    """The shortest queue in seconds, (queued + in flight) tokens / tokens per second; then the fewest requests."""
+    fit = _eligible_in(snapshot, prefill_queue_max, suspect_after_s)
+    if not fit:
+        return _nobody(snapshot, suspect_after_s)
+    return Placement(by_load(snapshot.prompt.request_id, snapshot.decode.engine, fit)[:limit], "least_loaded")
+
+
+def by_load(request_id: str, decode_engine: str, workers: Sequence[WorkerState]) -> tuple[str, ...]:
+    """Names, the least loaded first: queue in seconds, then requests, then the tie's hash."""
+    tie = tie_breaker(request_id, decode_engine)
+    order = sorted(workers, key=lambda w: (w.queue_s, w.queued_requests + w.in_flight_requests, tie(w.worker)))
+    return tuple([w.worker for w in order])
+
+
+def round_robin(
+    snapshot: Snapshot, *, limit: int = 2, prefill_queue_max: int | None = None, suspect_after_s: float = 1.0
+) -> Placement:
+    """Workers in turn: eligible worker number ``(turn + hash(decode engine)) mod count``, then the ones after it.
+
+    ``turn`` is in the previous state; the hash lets many decode engines begin at different workers.
+    """
+    fit = _eligible_in(snapshot, prefill_queue_max, suspect_after_s)
+    if not fit:
+        return _nobody(snapshot, suspect_after_s)
+    start = (snapshot.previous.turn + seed("", snapshot.decode.engine)) % len(fit)
+    order = fit[start:] + fit[:start]
+    return Placement(tuple([w.worker for w in order[:limit]]), "round_robin")
+
+
+def power_of_two(
+    snapshot: Snapshot, *, limit: int = 2, prefill_queue_max: int | None = None, suspect_after_s: float = 1.0
+) -> Placement:
+    """Of two workers drawn by the hash of (request, decode engine), the less loaded first.
+
+    For many workers and reports that are old when they are read: the choice between two random ones is nearly as even
+    as the choice among all, and nobody's stale report attracts everybody (Mitzenmacher, 2001).
+    """
+    fit = _eligible_in(snapshot, prefill_queue_max, suspect_after_s)
+    if not fit:
+        return _nobody(snapshot, suspect_after_s)
+    request_id, engine = snapshot.prompt.request_id, snapshot.decode.engine
+    tie = tie_breaker(request_id, engine)
+    drawn = sorted(fit, key=lambda w: tie(w.worker))
+    order = (*by_load(request_id, engine, drawn[:2]), *(w.worker for w in drawn[2:limit]))
+    return Placement(order[:limit], "power_of_two")
+
+
+def _eligible_in(snapshot: Snapshot, prefill_queue_max: int | None, suspect_after_s: float) -> list[WorkerState]:
+    indices = eligible(
+        snapshot.prompt.prompt_tokens,
+        snapshot.workers,
+        now_s=snapshot.now_s,
+        prefill_queue_max=prefill_queue_max,
+        suspect_after_s=suspect_after_s,
+    )
+    return [snapshot.workers[index] for index in indices]
+
+
+def _nobody(snapshot: Snapshot, suspect_after_s: float) -> Placement:
+    tokens = snapshot.prompt.prompt_tokens
+    reason = why_nobody(tokens, snapshot.workers, now_s=snapshot.now_s, suspect_after_s=suspect_after_s)
+    return Placement((), reason)
+
+
+def _best(snapshot: Snapshot, names: list[str], scores: list[float], limit: int, policy: str) -> Placement:
+    """The ``limit`` highest scores; those within ``TIE`` of a group's highest are ordered by hash."""
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    chosen: list[int] = []
+    at = 0
+    while at < len(order) and len(chosen) < limit:
+        floor = scores[order[at]] - TIE
+        end = at + 1
+        while end < len(order) and scores[order[end]] >= floor:
+            end += 1
+        if end - at > 1:
+            tie = tie_breaker(snapshot.prompt.request_id, snapshot.decode.engine)
+            chosen += sorted(order[at:end], key=lambda i: tie(names[i]))
+        else:
+            chosen.append(order[at])
+        at = end
+    del chosen[limit:]
+    return Placement(tuple([names[i] for i in chosen]), policy, tuple([scores[i] for i in chosen]))
