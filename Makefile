@@ -34,6 +34,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 fix: $(STAMP)
+	$(BIN)/python tools/modules_table.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

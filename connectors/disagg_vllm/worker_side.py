@@ -57,6 +57,7 @@ class WorkerSide:
         self._problem = unsupported_engine(vllm_config, kv_cache_config) or ""
         self._rank: int = vllm_config.parallel_config.rank
         self._invalid_block_ids: set[int] = set()
+        self._said_all = False
         self.hook_failures = 0
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
@@ -126,9 +127,19 @@ class WorkerSide:
 
     @_guarded(None)
     def report(self) -> StepReports | None:
+        """The rank's report, or None while there is nothing to say: most steps of a busy engine are not ours."""
         if self._plane is None:
             return None
-        return StepReports((self._plane.report(),))
+        report = self._plane.report()
+        happened = (
+            *(report.received, report.receive_failed, report.receive_timings),
+            *(report.staged, report.sent, report.send_failed, report.send_timings),
+        )
+        news = report.busy or any(happened)
+        if not news and self._said_all:
+            return None
+        self._said_all = not news  # one more report after the last news, so that gauges are seen at rest
+        return StepReports((report,))
 
     def close(self) -> None:
         if self._plane is not None:

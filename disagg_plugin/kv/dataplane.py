@@ -77,7 +77,7 @@ _T = TypeVar("_T")
 _ENGINE_COUNTERS = (
     *("chunks_sent", "wire_bytes_sent", "raw_bytes_sent", "chunks_received", "wire_bytes_received"),
     *("raw_bytes_received", "credit_waits", "send_failures", "receive_failures", "abandoned", "late_commands"),
-    "hook_errors",
+    *("hook_errors", "guard_demotions"),
 )
 
 
@@ -196,9 +196,10 @@ class DataPlane:
 
     def _assemble_engine_half(self, clock: Callable[[], float]) -> None:
         view, memory = self._view, self._memory
+        self._encoder = ChunkEncoder(view, self.codec, self._new_guard)
         self._stager = Stager(
             view,
-            encoder=ChunkEncoder(view, self.codec, self._new_guard),
+            encoder=self._encoder,
             arena=memory.staging,
             post=self._loop.tell,
             clock=clock,
@@ -233,6 +234,13 @@ class DataPlane:
         budget_ms = transfer.scatter_budget_ms if computed else transfer.scatter_idle_budget_ms
         self._hear()
         self._within_boundary(self._stager.stage)
+        if demotions := self._encoder.take_demotions():
+            self._counters["guard_demotions"] += len(demotions)
+            logger.warning(
+                "disagg: %s: quantization noise above transfer.guard_limit: %s",
+                self._name,
+                ", ".join(map(str, demotions)),
+            )
         self._within_boundary(self._scatter.scatter, budget_ms / 1000)
         self._loop.open_transfers = self._stager.open_sends + self._scatter.open_receives
 

@@ -58,6 +58,10 @@ class Demotion:
     codec: SectionCodec
     noise: float
 
+    def __str__(self) -> str:
+        what = "values" if self.side else "keys"
+        return f"layer {self.layer} {what} without {self.codec.name.lower()} (noise {self.noise:.1e})"
+
 
 @dataclass(slots=True)
 class _Measured:

@@ -26,7 +26,7 @@ from torch import Tensor, empty, uint8
 from disagg_plugin.kv.codec import KVCodec, SectionCodec, section_bytes
 from disagg_plugin.kv.commands import Computed, DropSend, OpenSend, ReleaseWhenStaged, SendTiming
 from disagg_plugin.kv.geometry import DTYPE_BYTES, HeadRange, KVGeometry
-from disagg_plugin.kv.guard import QuantizationGuard
+from disagg_plugin.kv.guard import Demotion, QuantizationGuard
 from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
 from disagg_plugin.kv.wire import (
     ChunkHeader,
@@ -169,6 +169,10 @@ class ChunkEncoder:
                 self._last_codecs[wanted] = codecs
                 return end, codecs
         raise AssertionError(f"{end - start} raw tokens overflow {len(memory)} bytes")
+
+    def take_demotions(self) -> list[Demotion]:
+        """What the guards ruled out since the last call."""
+        return [demotion for guard in self._guards.values() for demotion in guard.take_demotions()]
 
     def _chunk_end(self, start: int, available: int, slot_bytes: int, codecs: tuple[SectionCodec, ...]) -> int:
         geometry, heads = self._source.geometry, self._source.heads.count
