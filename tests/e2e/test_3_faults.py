@@ -4,6 +4,7 @@ Ordered: later tests kill and replace engines.
 """
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,6 +67,8 @@ def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet)
     assert same_tokens(got, local)
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (0, 1)
+    recomputed = re.findall(r"rescheduled \((\d+) tokens affected\)", (pair.folder / "decode.log").read_text())
+    assert 0 < int(recomputed[-1]) < 3_499, "the prefix that had landed is kept"
 
 
 def test_with_a_dead_prefill_worker_prompts_are_prefilled_locally(pair: Fleet) -> None:
