@@ -16,7 +16,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from disagg_plugin.config import DisaggSettings
@@ -29,7 +29,15 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
-from disagg_plugin.kv.commands import AbandonReceive, AddPeer, Command, OpenReceive, RankReport, RemovePeer
+from disagg_plugin.kv.commands import (
+    AbandonReceive,
+    AddPeer,
+    Command,
+    OpenReceive,
+    RankReport,
+    ReceiveTiming,
+    RemovePeer,
+)
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
 from disagg_policies import offload
 
@@ -95,6 +103,40 @@ class DecodePort(Protocol):
     def drain(self) -> Iterable[DecodeEvent]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What the ranks measured of one transfer, all ranks together; ``time.monotonic`` seconds."""
+
+    first_chunk_s: float
+    last_chunk_s: float
+    chunks: int  # of the rank with most
+    wire_bytes: int
+    raw_bytes: int
+    codecs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, timing: ReceiveTiming) -> "_Arrival":
+        return cls(
+            timing.first_chunk_s,
+            timing.last_chunk_s,
+            timing.chunks,
+            timing.wire_bytes,
+            timing.raw_bytes,
+            timing.codecs,
+        )
+
+    def joined(self, other: "_Arrival") -> "_Arrival":
+        """Two ranks: the earliest first chunk, the latest last one, bytes of both."""
+        return _Arrival(
+            min(self.first_chunk_s, other.first_chunk_s),
+            max(self.last_chunk_s, other.last_chunk_s),
+            max(self.chunks, other.chunks),
+            self.wire_bytes + other.wire_bytes,
+            self.raw_bytes + other.raw_bytes,
+            tuple(sorted({*self.codecs, *other.codecs})),
+        )
+
+
 @dataclass(slots=True)
 class _Transfer:
     """One offloaded request."""
@@ -118,7 +160,9 @@ class _Transfer:
     end_token: int = 0
     held_tokens: int = 0
     completed: bool = False  # the engine took the blocks back; True before anything was held
-    record: dict[str, object] = field(default_factory=dict)
+    request_ended: bool = False  # the engine will not ask again
+    prefill_ended_s: float = 0.0
+    arrival: _Arrival | None = None
 
 
 class DecodeSide:
@@ -226,10 +270,8 @@ class DecodeSide:
                 if (transfer := self._by_request.get(timing.request_id)) is not None:
                     self.totals["wire_bytes"] += timing.wire_bytes
                     self.totals["raw_bytes"] += timing.raw_bytes
-                    self._merge_timing(transfer, timing.first_chunk_s, timing.last_chunk_s, timing.codecs)
-                    for key, value in (("wire_bytes", timing.wire_bytes), ("raw_bytes", timing.raw_bytes)):
-                        transfer.record[key] = int(str(transfer.record.get(key, 0))) + value
-                    transfer.record["chunks"] = timing.chunks
+                    arrival = _Arrival.of(timing)
+                    transfer.arrival = transfer.arrival.joined(arrival) if transfer.arrival else arrival
 
     def load_completed(self, request_id: str) -> None:
         """All ranks reported this request; its blocks are the engine's again."""
@@ -243,7 +285,7 @@ class DecodeSide:
             transfer.state = advance(transfer.state, Event.COMPLETE)
             transfer.landed_s = self._clock()
             self.totals["landed"] += 1
-        if transfer.record.get("gone"):
+        if transfer.request_ended:
             self._forget(transfer)
 
     def finished(self, request_id: str) -> None:
@@ -257,7 +299,7 @@ class DecodeSide:
         if transfer.completed or transfer.held_tokens == 0:
             self._forget(transfer)
         else:
-            transfer.record["gone"] = True  # the ranks still owe their report
+            transfer.request_ended = True  # the ranks still owe their report
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -380,16 +422,7 @@ class DecodeSide:
             case PrefillFailed(_, reason):
                 self._abandon(transfer, Event.FAIL, reason)
             case PrefillEnded():
-                transfer.record["prefill_ended_s"] = now
-
-    @staticmethod
-    def _merge_timing(transfer: _Transfer, first_s: float, last_s: float, codecs: tuple[str, ...]) -> None:
-        """Ranks of one transfer add up: the earliest first chunk, the latest last one."""
-        known_first = transfer.record.get("first_chunk_s")
-        known_last = transfer.record.get("last_chunk_s")
-        transfer.record["first_chunk_s"] = min(first_s, known_first) if isinstance(known_first, float) else first_s
-        transfer.record["last_chunk_s"] = max(last_s, known_last) if isinstance(known_last, float) else last_s
-        transfer.record["codecs"] = list(codecs)
+                transfer.prefill_ended_s = now
 
     def _describe(self, transfer: _Transfer) -> dict[str, object]:
         return {
@@ -407,7 +440,8 @@ class DecodeSide:
             "started_s": transfer.started_s,
             "ready_s": transfer.ready_s,
             "landed_s": transfer.landed_s,
-            **{k: v for k, v in transfer.record.items() if k != "gone"},
+            "prefill_ended_s": transfer.prefill_ended_s,
+            **(asdict(transfer.arrival) if transfer.arrival else {}),
         }
 
     def snapshot(self) -> dict[str, object]:

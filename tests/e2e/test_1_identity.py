@@ -69,7 +69,7 @@ def assert_same_up_to_batching(got: Answer, local: Answer) -> None:
     [
         pytest.param(lambda e, p: e.stream(p, cache_salt="stream"), id="streaming"),
         pytest.param(
-            lambda e, p: sorted(a.text for a in e.choices(p, n=2, temperature=0.5, seed=3, cache_salt="n=2")), id="n=2"
+            lambda e, p: sorted(a.text for a in e.choices(p, n=2, temperature=0.5, top_k=1, cache_salt="n=2")), id="n=2"
         ),
         pytest.param(lambda e, p: e.chat(" ".join(str(t) for t in p[:150])), id="chat"),
         pytest.param(lambda e, p: e.complete(" ".join(str(t) for t in p[150:300])).text, id="text prompt"),
