@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from e2e.client import Engine, at_once
+from e2e.running import FLEET
 from engines import free_port, serving, vllm_command, vllm_env
 from models import tiny
 
@@ -97,14 +98,6 @@ def settings(role: str, side_port: int, **more: Any) -> dict[str, Any]:
     }
 
 
-_running = ExitStack()  # the fleet's engines
-
-
-def end_running_fleet() -> None:
-    """End the fleet before other engines start: at most three are alive at a time."""
-    _running.close()
-
-
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
@@ -126,7 +119,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         extra=("--num-gpu-blocks-override", str(DECODE_BLOCKS)),
     )
     s_plan = Plan("stock", model, s_port, 0, None)
-    with _running as stack:
+    with FLEET as stack:
         prefill_life = stack.enter_context(ExitStack())
         stock_life = stack.enter_context(ExitStack())
         decode_life = stack.enter_context(ExitStack())

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import yaml
 from e2e.client import Engine, at_once
-from e2e.conftest import Plan, end_running_fleet, settings, settle
+from e2e.conftest import Plan, settings, settle
 from e2e.offloads import Offloads
+from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
 from models import smollm2
 
