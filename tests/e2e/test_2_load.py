@@ -28,7 +28,7 @@ def test_a_queue_at_the_prefill_worker_does_not_hold_up_short_prompts(
     """20 prompts of 2,900 tokens; the decode engine's cache holds five of them."""
     shorts = [prompt_of(20, seed=100 + i) for i in range(60)]
     longs = [prompt_of(2_900, seed=200 + i) for i in range(20)]
-    alone_s = statistics.median(ttft_s(pair.decode, p) for p in shorts[:15])
+    alone_s = [ttft_s(pair.decode, p) for p in shorts[:15]]
     counted = Offloads(pair.decode)
     preemptions = _preemptions(pair.decode)
     with ThreadPoolExecutor(20) as pool:
@@ -43,10 +43,11 @@ def test_a_queue_at_the_prefill_worker_does_not_hold_up_short_prompts(
     assert _preemptions(pair.decode) == preemptions
     for prompt, got in zip(longs[::5], answers[::5], strict=True):
         assert same_tokens(got, pair.stock.complete(prompt, max_tokens=4, cache_salt="local"))
-    # seconds are noise on a shared machine: the figure is reported, the rule is that nobody stood behind the queue
-    ratio = statistics.median(beside_s) / alone_s
+    settle(pair.decode)
+    alone_s += [ttft_s(pair.decode, p) for p in shorts[45:]]  # before and after: the machine's own pace may drift
+    ratio = statistics.median(beside_s) / statistics.median(alone_s)
     record_property("short_prompt_ttft_ratio", ratio)
-    print(f"\nTTFT of short prompts beside the queue: {ratio:.2f} x alone")
+    assert ratio <= 1.5
 
 
 def _preemptions(engine: Engine) -> float:

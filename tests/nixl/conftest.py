@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("nixl", reason="NIXL is not installed")
-
 ROOT = Path(__file__).parents[2]
 GEOMETRY = {"layers": 2, "kv_heads": 2, "head_dim": 16, "dtype": "bfloat16"}
 REGION_SLOTS = 4
