@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.observability.settings import ObservabilitySettings
 
 Role = Literal["prefill", "decode", "both"]
 CodecChoice = Literal["auto", "raw", "int8", "int8c"]
@@ -180,6 +181,9 @@ class DisaggSettings(_Settings):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    observability: ObservabilitySettings = Field(
+        default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
+    )
     model_revision_id: str | None = Field(
         default=None, description="Stands in for the weights digest where weight files cannot be read."
     )

@@ -39,6 +39,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
+from disagg_plugin.observability.journal import Journal
 from disagg_policies import offload
 
 RECENT_TRANSFERS = 256
@@ -176,8 +177,10 @@ class DecodeSide:
         engine: str,
         kv_capacity_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._settings = settings
+        self._journal = journal or Journal()
         self._port = port
         self._engine = engine
         self._capacity_tokens = kv_capacity_tokens
@@ -317,6 +320,7 @@ class DecodeSide:
         if isinstance(decision, offload.Local):
             return self._stay_local(prompt.request_id, decision.reason)
         self.decisions[decision.reason] += 1
+        self._journal.decided(prompt.request_id, "offloaded")
         transfer = _Transfer(
             request_id=prompt.request_id,
             transfer_id=secrets.token_bytes(16),
@@ -344,6 +348,7 @@ class DecodeSide:
 
     def _stay_local(self, request_id: str, reason: str) -> PrefillLocally:
         self.decisions[reason] += 1
+        self._journal.decided(request_id, "local")
         self._local[request_id] = reason
         return PrefillLocally(reason)
 
@@ -378,6 +383,7 @@ class DecodeSide:
             self.totals["aborted"] += 1
         else:
             self.fallbacks[reason] += 1
+            self._journal.fell_back(transfer.request_id)
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))
         self._port.cancel(transfer.transfer_id, transfer.peer, reason)
@@ -385,7 +391,9 @@ class DecodeSide:
     def _forget(self, transfer: _Transfer) -> None:
         self._by_request.pop(transfer.request_id, None)
         self._by_transfer.pop(transfer.transfer_id, None)
-        self.recent.append(self._describe(transfer))
+        row = self._describe(transfer)
+        self.recent.append(row)
+        self._journal.transfer_over("decode", row)
 
     def _drain(self) -> None:
         for event in self._port.drain():

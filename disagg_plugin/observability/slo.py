@@ -225,19 +225,26 @@ class SloTracker:
                     self._digest(name, request.path, what).add(now_s, value)
         return verdict
 
+    def failed(self, slo_class: str | None) -> str:
+        """Count one request that ended in an error as a miss; the class it counted under."""
+        return self._count(slo_class, _MISSED)
+
     def refused(self, slo_class: str | None) -> str:
         """Count one request that was turned away; the class it counted under."""
-        name, now_s = self.class_of(slo_class), self._clock()
-        with self._lock:
-            for counts in self._windows[name].values():
-                counts.add(now_s, _REFUSED)
-        return name
+        return self._count(slo_class, _REFUSED)
 
     def report(self) -> dict[str, ClassReport]:
         """Every class, whether it had requests or not."""
         now_s = self._clock()
         with self._lock:
             return {name: self._class_report(name, now_s) for name in self.targets}
+
+    def _count(self, slo_class: str | None, which: int) -> str:
+        name, now_s = self.class_of(slo_class), self._clock()
+        with self._lock:
+            for counts in self._windows[name].values():
+                counts.add(now_s, which)
+        return name
 
     def _class_report(self, name: str, now_s: float) -> ClassReport:
         windows = {
