@@ -4,7 +4,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_side import PrefillSide

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import (
     DecodeEvent,
     PeerJoined,
@@ -19,7 +20,7 @@ from disagg_plugin.control.events import (
     PrefillStarted,
 )
 from disagg_plugin.kv.commands import AbandonReceive, AddPeer, OpenReceive, RankReport, RemovePeer
-from disagg_policies.offload import WorkerState
+from disagg_policies.snapshots import WorkerState
 
 LONG = PromptView("r1", tuple(range(1_000)))
 ROOM = 100_000
@@ -47,6 +48,18 @@ class FakePort:
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self.sent.append(("cancel", peer, reason))
 
+    def overlap_tokens(self, hashes: Sequence[int]) -> tuple[int, ...]:
+        return ()
+
+    def failed(self, peer: str, reason: str) -> None:
+        self.sent.append(("failed", peer, reason))
+
+    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float) -> None:
+        self.sent.append(("saw_transfer", peer, f"{wire_bytes} in {seconds:.3f}"))
+
+    def saw_overhead(self, peer: str, *, seconds: float) -> None:
+        self.sent.append(("saw_overhead", peer, f"{seconds:.3f}"))
+
     def drain(self) -> Iterable[DecodeEvent]:
         events, self.events = self.events, []
         return events
@@ -59,7 +72,7 @@ class Bench:
         self.now = 100.0
         self.port = FakePort()
         self.side = DecodeSide(
-            DisaggSettings(role="decode"),
+            DisaggSettings(role="decode", policy={"offload": "threshold"}),
             self.port,
             engine="d:1",
             kv_capacity_tokens=capacity_tokens,
