@@ -38,10 +38,7 @@ def eligible(
     return [
         index
         for index, w in enumerate(workers)
-        if w.healthy
-        and w.reported_s >= oldest_s
-        and w.max_prompt_tokens >= prompt_tokens
-        and w.requests < queue_max
+        if w.healthy and w.reported_s >= oldest_s and w.max_prompt_tokens >= prompt_tokens and w.requests < queue_max
     ]
 
 
@@ -105,10 +102,11 @@ def score(
 
     # one pass and plain arithmetic: this loop is most of a decision's time
     scores: list[float] = []
-    names: list[str] = []
+    add = scores.append
     for w, overlap in zip(workers, overlaps or (0,) * len(workers), strict=True):
         if not w.healthy or w.reported_s < oldest_s or w.max_prompt_tokens < n or w.requests >= queue_max:
-            continue  # not ``eligible``
+            add(TAKEN)  # not ``eligible``
+            continue
         queue_s = w.queue_s
         value = (
             queue_weight / (work_s + queue_s + n * w.s_per_token)
@@ -122,9 +120,8 @@ def score(
                 if queue_s > fair_s:
                     bonus *= max(0.0, 1.0 - (queue_s - fair_s) / (fair_s + work_s))
             value += bonus
-        scores.append(value)
-        names.append(w.worker)
-    return _best(snapshot, names, scores, limit, "score") if names else _nobody(snapshot, suspect_after_s)
+        add(value)
+    return _best(snapshot, scores, limit, "score") or _nobody(snapshot, suspect_after_s)
 
 
 def least_loaded(
@@ -194,13 +191,16 @@ def _nobody(snapshot: Snapshot, suspect_after_s: float) -> Placement:
     return Placement((), reason)
 
 
-def _best(snapshot: Snapshot, names: list[str], scores: list[float], limit: int, policy: str) -> Placement:
-    """The ``limit`` highest scores; those within ``TIE`` of a group's highest are ordered by hash."""
+def _best(snapshot: Snapshot, scores: list[float], limit: int, policy: str) -> Placement | None:
+    """The ``limit`` highest scores; those within ``TIE`` of a group's highest are ordered by hash.
+
+    Args:
+        scores: Of the snapshot's workers; ``TAKEN`` for one that may not be asked.
+    """
+    workers = snapshot.workers
     left = scores.copy()
     chosen: list[int] = []
-    wanted = min(limit, len(left))
-    while len(chosen) < wanted:
-        top = max(left)
+    while len(chosen) < limit and (top := max(left, default=TAKEN)) != TAKEN:
         first = left.index(top)
         left[first] = TAKEN
         if max(left) < top - TIE:
@@ -208,8 +208,10 @@ def _best(snapshot: Snapshot, names: list[str], scores: list[float], limit: int,
             continue
         group = [first, *(i for i, score in enumerate(left) if score >= top - TIE)]
         tie = tie_breaker(snapshot.prompt.request_id, snapshot.decode.engine)
-        chosen += sorted(group, key=lambda i: tie(names[i]))
+        chosen += sorted(group, key=lambda i: tie(workers[i].worker))
         for i in group:
             left[i] = TAKEN
+    if not chosen:
+        return None
     del chosen[limit:]
-    return Placement(tuple([names[i] for i in chosen]), policy, tuple([scores[i] for i in chosen]))
+    return Placement(tuple([workers[i].worker for i in chosen]), policy, tuple([scores[i] for i in chosen]))
