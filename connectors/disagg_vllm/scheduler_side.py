@@ -8,8 +8,10 @@ from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
+from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
+from disagg_plugin.control.step_times import PromptWork, StepWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command
 from disagg_vllm.identity import model_identity
@@ -36,6 +38,9 @@ class SchedulerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
         self._load = LoadTracker()
+        self._step = 0
+        self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
+        self._cache_map: object = None  # vLLM's; a new one each time it empties its prefix cache
         self._service: ControlService | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
@@ -66,6 +71,7 @@ class SchedulerSide:
             endpoints=tuple(r.endpoint for r in ordered if r.endpoint is not None),
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
+            prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
         )
         self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
         service.start()
@@ -97,10 +103,12 @@ class SchedulerSide:
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        if self._prefill is None:
-            return
         prompt_tokens = request.num_prompt_tokens
         self._load.arrived(request.request_id, prompt_tokens)
+        if self._prefill is None:
+            return
+        if (prompt := _held_prompt(request)) is not None:
+            self._prompts[request.request_id] = prompt
         self._publish_load()
         transfer_id = transfer_id_of(request.kv_transfer_params)
         if transfer_id is not None:
@@ -130,30 +138,49 @@ class SchedulerSide:
             self._decode.allocated(request.request_id, block_ids, external_tokens)
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
+        self._step += 1
         commands: list[Command] = []
+        self._count_step(output)
         if self._prefill is not None:
-            self._export_step(output, self._prefill)
             commands += self._prefill.step()
         if self._decode is not None:
             commands += self._decode.step()
-        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0)
+        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0, number=self._step)
 
-    def _export_step(self, output: "SchedulerOutput", prefill: PrefillSide) -> None:
-        """Tell the prefill role what this step computes, from the engine's own block tables."""
+    def _count_step(self, output: "SchedulerOutput") -> None:
+        """What this step computes: for the load, for the model of our own speed, and for what P exports."""
         for request_id in output.preempted_req_ids or ():
-            prefill.preempted(request_id)
+            self._load.preempted(request_id)
+            if self._prefill is not None:
+                self._prefill.preempted(request_id)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        prefill_tokens = 0
+        prompts: list[PromptWork] = []
+        decodes = context_tokens = 0
         for request_id, before in computed.items():
             after = before + output.num_scheduled_tokens[request_id]
-            prefill_tokens += self._load.computed(request_id, after)
-            if prefill.is_ours(request_id):
-                (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
-                prefill.scheduled(request_id, after, block_ids)
-        self._load.step_built(prefill_tokens)
-        self._publish_load()
+            work = self._load.computes(request_id, before, after)
+            if work is not None and self._prefill is not None:
+                self._export(output, work, self._prefill)
+            if work is not None and work.new_tokens > 1:
+                prompts.append(work)
+            else:  # one token costs what a decode costs, also a prompt's last one behind KV that came from elsewhere
+                decodes += 1
+                context_tokens += after
+        self._load.step_built(self._step, StepWork(tuple(prompts), decodes, context_tokens))
+        if self._prefill is not None:
+            self._publish_load()
+
+    def _export(self, output: "SchedulerOutput", work: PromptWork, prefill: PrefillSide) -> None:
+        """Tell the prefill role what the step computes of one prompt, from the engine's own block tables."""
+        request_id = work.request_id
+        if prefill.is_ours(request_id):
+            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
+            prefill.scheduled(request_id, work.cached_tokens + work.new_tokens, block_ids)
+        if work.done and (prompt := self._prompts.pop(request_id, None)) is not None and self._service is not None:
+            assert self._service.prefill is not None
+            self._service.prefill.holds(prompt)
 
     def update(self, output: "KVConnectorOutput") -> None:
         """What the workers said, and which loads and sends the engine now takes as ended."""
@@ -163,7 +190,7 @@ class SchedulerSide:
                 self._decode.reports(reports.reports)
             if self._prefill is not None:
                 self._prefill.reports(reports.reports)
-        self._load.step_ended()
+            self._load.step_ended(reports.number)
         if self._decode is not None:
             for request_id in output.finished_recving or ():
                 self._decode.load_completed(request_id)
@@ -175,9 +202,10 @@ class SchedulerSide:
         """The request ended; True if its blocks must stay until the workers release them."""
         if self._decode is not None:
             self._decode.finished(request.request_id)
+        self._load.finished(request.request_id)
         if self._prefill is None:
             return False
-        self._load.finished(request.request_id)
+        self._prompts.pop(request.request_id, None)
         return self._prefill.finished(request.request_id, completed=completed)
 
     @property
@@ -192,7 +220,13 @@ class SchedulerSide:
 
     def _publish_load(self) -> None:
         if self._service is not None and self._service.prefill is not None:
-            usage = self._block_pool.get_usage() if self._block_pool is not None else 0.0
+            pool = self._block_pool
+            usage = pool.get_usage() if pool is not None else 0.0
+            cache_map = getattr(pool, "cached_block_hash_to_block", None)
+            if cache_map is not self._cache_map:
+                if self._cache_map is not None:
+                    self._service.prefill.cache_reset()
+                self._cache_map = cache_map
             self._service.prefill.publish(self._load.load(), usage)
 
     def _capacity_tokens(self) -> int:
@@ -216,6 +250,14 @@ class SchedulerSide:
         if self._prefill is not None:
             view["prefill"] = self._prefill.snapshot()
         return view
+
+
+def _held_prompt(request: "Request") -> HeldPrompt | None:
+    """The prompt as both sides hash it, or None for one that is more than its token ids."""
+    if request.prompt_token_ids is None or request.mm_features:
+        return None
+    lora = request.lora_request.lora_name if request.lora_request is not None else ""
+    return HeldPrompt(request.prompt_token_ids, request.cache_salt or "", lora)
 
 
 def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:
