@@ -288,6 +288,8 @@ class DecodeSide:
             self.fallbacks[reason] += 1
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))
+            if event is not Event.ABORT:  # the engine computes what is missing without asking again
+                self._load.arrived(transfer.request_id, transfer.prompt_tokens, transfer.first_token)
         self._port.cancel(transfer.transfer_id, transfer.peer, reason)
 
     def _forget(self, transfer: Transfer) -> None:
