@@ -133,7 +133,7 @@ class OffloadDecisions:
 
         Done again only when the workers' states or our speed changed.
         """
-        if ours.samples == 0 or all([worker.prefill.samples for worker in workers]):
+        if ours.samples == 0 or all(worker.prefill.samples for worker in workers):
             return workers
         if self._assumed is None or self._assumed[0] is not workers or self._assumed[1] != ours:
             tokens_per_s = 1 / max(ours.marginal_s(0), 1e-9)
