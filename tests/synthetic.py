@@ -30,8 +30,8 @@ class SyntheticEngine:
         self.counters: dict[str, float] = {}
         self.view: dict[str, Any] = {
             "inactive_reason": "",
-            "decode": {"decisions": {}, "fallbacks": {}, "totals": {}, "ranks": {"0": self.counters}, "open": []},
-            "prefill": {"totals": {}, "drops": {}, "peers": {"d:1": 1}, "open": []},
+            "decode": {"decisions": {}, "fallbacks": {}, "totals": {}, "ranks": {"0": self.counters}},
+            "prefill": {"totals": {}, "drops": {}, "peers": {"d:1": 1}},
             "prefill_workers": {"counters": {}, "workers": {"p:1": {"healthy": True, "queued_requests": 2}}},
             "prefill_service": {"accepted": 1},
             "side_channel": {"messages_in": 5, "rejected_auth": 1},

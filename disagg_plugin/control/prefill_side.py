@@ -324,14 +324,21 @@ class PrefillSide:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
+        return {
+            **self.figures(),
+            "open": [self._describe(t) for t in list(self._tickets.values())],
+            "recent": list(self.recent),
+        }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
         tickets = list(self._tickets.values())
         return {
             "totals": dict(self.totals),
             "drops": dict(self.drops),
-            "open": [self._describe(t) for t in tickets],
+            "open_transfers": len(tickets),
             "held_requests": sum(t.holding for t in tickets),
             "held_tokens": sum(t.computed_tokens for t in tickets if t.holding),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
-            "recent": list(self.recent),
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }

@@ -1,6 +1,6 @@
-"""From a scheduler process's debug snapshot and journal to increments for its API server.
+"""From a scheduler process's figures and journal to increments for its API server.
 
-The snapshot's counters are monotonic, so a difference to the last one says what happened since; nothing is counted
+Its counters are monotonic, so a difference to the last one says what happened since; nothing is counted
 twice, and the roles need not know who watches them. The cost is one snapshot per ``interval_s``, never per token.
 """
 
@@ -148,7 +148,7 @@ class Collector:
         self._read_prefill(deltas, prefill)
         for role, side in (("decode", decode), ("prefill", prefill)):
             if side:
-                gauges[series_key("disagg_open_transfers", role)] = len(side.get("open", ()))
+                gauges[series_key("disagg_open_transfers", role)] = side.get("open_transfers", 0)
                 gauges[series_key("disagg_held_tokens", role)] = side.get("held_tokens", 0)
         self._read_ranks(deltas, gauges, (decode or prefill).get("ranks") or {})
         self._read_peers(deltas, gauges, view, prefill)

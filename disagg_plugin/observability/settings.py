@@ -1,12 +1,12 @@
 """Settings of the observability part: section ``observability`` of the plugin's settings."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from disagg_plugin.settings_base import SettingsSection
 
 
-class ObservabilitySettings(BaseModel):
+class ObservabilitySettings(SettingsSection):
     """How the engine speaks about what the plugin does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     admin_route: bool = Field(
         default=False, description="Serve GET /disagg/status (JSON); with the API key, where the server has one."

@@ -81,9 +81,9 @@ def test_a_note_leaves_at_once_alone():
 
 
 def test_an_engine_that_comes_to_rest_says_its_last_figures_at_once():
-    scheduler = Scheduler(decode={"open": [{}], "held_tokens": 100})
+    scheduler = Scheduler(decode={"open_transfers": 1, "held_tokens": 100})
     scheduler.later()
-    scheduler.view["decode"] = {"open": [], "held_tokens": 0}
+    scheduler.view["decode"] = {"open_transfers": 0, "held_tokens": 0}
     deltas = scheduler.collector.collect(at_rest=True)
     assert deltas is not None
     assert deltas.gauges[KEY("disagg_open_transfers", "decode")] == 0
