@@ -2,9 +2,9 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.control.virtual import VirtualLoop
 
 from disagg_plugin.control.report_pacer import AT_MOST_EVERY_S, ReportPacer
-from unit.control.virtual import VirtualLoop
 
 PROMISED_S = 0.5
 
