@@ -1,9 +1,8 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
@@ -16,10 +15,11 @@ from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.control.step_times import PromptWork, StepWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
-from disagg_plugin.observability.collect import Collector
 from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import local_only_reason, unsupported_engine
 
@@ -50,13 +50,16 @@ class SchedulerSide:
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
         self._journal = Journal()
-        self._collector: Collector | None = None
-        self._live_requests = 0
-        self._at_rest = False
-        self._stats_failures = 0
         self._endpoints: tuple[RankEndpoint, ...] = ()
-        # what on_engine_state's callbacks get in the API server: asked once per stats interval
-        self.engine_state: Callable[[], dict[str, Any] | None] | None = None
+        self.figures = SchedulerStats(
+            settings,
+            self._journal,
+            self._figures,
+            ring_slots=lambda: sum(endpoint.ring_slots for endpoint in self._endpoints),
+            ranks=lambda: len(self._endpoints),
+        )
+        self._spans = TransferSpans(active_tracer())
+        self._journal.on_transfer_over(self._spans.transfer_over)
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -127,11 +130,13 @@ class SchedulerSide:
         if self._service is not None:
             self._service.close()
             self._service = None
+        self._spans.close()
 
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        self._live_requests += 1
+        self.figures.request_came()
+        self._spans.remember(request.request_id, request.trace_headers)
         if self._prefill is None:
             return
         prompt_tokens = request.num_prompt_tokens
@@ -152,6 +157,7 @@ class SchedulerSide:
             token_ids=request.prompt_token_ids or (),
             local_only=local_only_reason(request),
             http_fields=_http_fields(request),
+            http_headers=tuple(self._spans.headers_of(request.request_id).items()),
             cache_salt=request.cache_salt or "",
             lora=request.lora_request.lora_name if request.lora_request is not None else "",
             priority=request.priority,
@@ -232,7 +238,7 @@ class SchedulerSide:
 
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
-        self._live_requests -= 1
+        self.figures.request_ended()
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
@@ -250,32 +256,8 @@ class SchedulerSide:
         return self._prefill is not None and self._prefill.holds_blocks
 
     def stats(self) -> DisaggStats | None:
-        """What the API server should hear after this step, or None; an exception here would end the engine."""
-        try:
-            return self._collect()
-        except Exception:
-            self._stats_failures += 1
-            if self._stats_failures == 1:
-                logger.exception("disagg: no figures can be collected; further failures are not logged")
-            return None
-
-    def _collect(self) -> DisaggStats | None:
-        if self._collector is None:
-            self._collector = self._make_collector()
-        at_rest = self._live_requests <= 0 and not self.needs_steps
-        comes_to_rest, self._at_rest = at_rest and not self._at_rest, at_rest
-        deltas = self._collector.collect(at_rest=comes_to_rest)
-        return DisaggStats(deltas.data) if deltas is not None else None
-
-    def _make_collector(self) -> Collector:
-        return Collector(
-            self._figures,
-            self._journal,
-            interval_s=self._settings.observability.stats_interval_s,
-            ring_slots=sum(endpoint.ring_slots for endpoint in self._endpoints),
-            private_buffers=self._settings.transfer.region_slots * len(self._endpoints),
-            engine_state=lambda: self.engine_state() if self.engine_state is not None else None,
-        )
+        """What the API server should hear after this step."""
+        return self.figures.take(needs_steps=self.needs_steps)
 
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
@@ -285,9 +267,7 @@ class SchedulerSide:
         if self._prefill is not None:
             view["prefill"] = self._prefill.figures()
         if self._service is not None:
-            view |= self._service.links()
-            if self._service.prefill is not None:
-                view["prefill_service"] = dict(self._service.prefill.counters)
+            view |= self._service.figures()
         return view
 
     # -- inside ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from disagg_plugin.control.events import DecodeEvent
-from disagg_policies.snapshots import WorkerState
+from disagg_policies.snapshots import PrefillModel, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,7 @@ class PromptView:
     Attributes:
         local_only: Why it must not be offloaded, or None.
         http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
+        http_headers: The trace context, for the offload call.
         cache_salt, lora: Prefixes under another of these share nothing.
         priority: As the engine counts; smaller is more urgent.
     """
@@ -23,6 +24,7 @@ class PromptView:
     token_ids: Sequence[int]
     local_only: str | None = None
     http_fields: tuple[tuple[str, object], ...] = ()
+    http_headers: tuple[tuple[str, str], ...] = ()
     cache_salt: str = ""
     lora: str = ""
     priority: int = 0
@@ -60,12 +62,13 @@ class OfferCall:
     token_ids: Sequence[int]
     cached_tokens: int
     http_fields: tuple[tuple[str, object], ...]
+    http_headers: tuple[tuple[str, str], ...] = ()
 
 
 class DecodePort(Protocol):
     """What the I/O thread offers to this role; every call returns at once."""
 
-    def workers(self) -> Sequence[WorkerState]:
+    def workers(self) -> tuple[WorkerState, ...]:
         """Every prefill worker, healthy or not; the same tuple until something changes."""
         ...
 
@@ -81,12 +84,16 @@ class DecodePort(Protocol):
         """A transfer that this worker had accepted came to nothing: it counts for its back-off."""
         ...
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float) -> None:
-        """So long did so many bytes take."""
+    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
+        """So long did so many bytes take, the KV of so many tokens."""
         ...
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
         """So much longer than its queue, prefill and transfer did an offload take."""
+        ...
+
+    def assume(self, prefill: PrefillModel) -> None:
+        """The speed to take for workers that have measured nothing yet; without, a slow guess would be never tested."""
         ...
 
     def drain(self) -> Iterable[DecodeEvent]: ...

@@ -40,6 +40,7 @@ from disagg_plugin.kv.commands import (
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
 from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.ranges import profile_range
 from disagg_policies.snapshots import Local
 
 RECENT_TRANSFERS = 256
@@ -219,12 +220,13 @@ class DecodeSide:
             self.decisions[prompt.local_only] += 1
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, cached_tokens, prompt.local_only)
-        record = self._decisions.decide(
-            prompt,
-            cached_tokens,
-            free_tokens=free_tokens,
-            promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
-        )
+        with profile_range("disagg decide"):
+            record = self._decisions.decide(
+                prompt,
+                cached_tokens,
+                free_tokens=free_tokens,
+                promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
+            )
         decision = record.decision
         self.decisions[decision.reason] += 1
         if isinstance(decision, Local):
@@ -239,6 +241,7 @@ class DecodeSide:
             cached_tokens=cached_tokens,
             offered_s=self._clock(),
             reason=decision.reason,
+            asked_s=self._clock() - record.took_s,
             completed=True,
             record=record,
         )
@@ -253,6 +256,7 @@ class DecodeSide:
                 token_ids=prompt.token_ids,
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
+                http_headers=prompt.http_headers,
             )
         )
         return NotYet()
@@ -293,6 +297,7 @@ class DecodeSide:
             self.totals["aborted"] += 1
         else:
             self.fallbacks[reason] += 1
+            transfer.given_up_s = self._clock()
             self._journal.fell_back(transfer.request_id)
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))

@@ -144,11 +144,21 @@ class ControlService:
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             **self._snapshot(),
-            **self.links(),
+            **self._links(),
         }
 
-    def links(self) -> dict[str, object]:
-        """The part of it about the links to peers."""
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        view: dict[str, object] = {}
+        if self._server is not None:
+            view["side_channel"] = dict(self._server.counters)
+        if self.prefill is not None:
+            view["prefill_service"] = dict(self.prefill.counters)
+        if self.decode is not None:
+            view["prefill_workers"] = self.decode.figures()
+        return view
+
+    def _links(self) -> dict[str, object]:
         view: dict[str, object] = {}
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
