@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=25
 
 .DEFAULT_GOAL := check
-.PHONY: venv models lint fix test test-unit check demo bench clean
+.PHONY: venv models prometheus lint fix test test-unit check demo bench clean
 
 check: lint test
 
@@ -26,11 +26,15 @@ $(STAMP): pyproject.toml tools/requirements-cpu.txt tools/vllm_cpu_metadata.py
 models: $(STAMP)
 	$(BIN)/python tests/models.py tiny tiny-other-seed smollm2
 
+# the tests' Prometheus: Debian's package, unpacked into the cache
+prometheus: $(STAMP)
+	$(BIN)/python tests/prometheus_server.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/models.py tests/conftest.py tools
+	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/models.py tests/conftest.py tests/prometheus_server.py tools
 	$(BIN)/lint-imports
 
 fix: $(STAMP)
@@ -38,10 +42,10 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: models
+test: models prometheus
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-unit: $(STAMP)
+test-unit: $(STAMP) prometheus
 	$(PYTEST) tests/unit $(PYTEST_ARGS)
 
 demo: models
