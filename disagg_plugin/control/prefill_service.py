@@ -33,6 +33,7 @@ from disagg_plugin.control.messages import (
     Ready,
     Refused,
     Rejected,
+    Sent,
     Started,
     Welcome,
 )
@@ -142,6 +143,9 @@ class PrefillService:
 
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self._post(self._send_to, peer, Cancel(transfer_id, reason))
+
+    def all_sent(self, transfer_id: bytes, peer: str, *, wire_bytes: int, wire_s: float) -> None:
+        self._post(self._send_to, peer, Sent(transfer_id, wire_bytes, wire_s))
 
     def arrived(self, transfer_id: bytes) -> None:
         self._awaited.pop(transfer_id, None)
