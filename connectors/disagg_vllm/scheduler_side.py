@@ -1,10 +1,12 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PromptView
+from disagg_plugin.config import DisaggSettings, not_active_yet
+from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
@@ -77,13 +79,20 @@ class SchedulerSide:
         capacity = self._capacity_tokens()
         if service.decode is not None:
             self._decode = DecodeSide(
-                self._settings, service.decode, engine=service.engine, kv_capacity_tokens=capacity
+                self._settings,
+                service.decode,
+                engine=service.engine,
+                kv_capacity_tokens=capacity,
+                load=self._load,
+                step_tokens=config.scheduler_config.max_num_batched_tokens,  # the workers' are not known; mostly equal
             )
         if service.prefill is not None:
             self._prefill = PrefillSide(
                 self._settings, service.prefill, ranks=len(ordered), kv_capacity_tokens=capacity
             )
         self.inactive_reason = ""
+        for line in [*self._other_model(), *not_active_yet(self._settings)]:
+            logger.warning("disagg: %s", line)
         logger.info(
             "disagg is active: role %s, side channel on %s:%d, %d prefill worker(s)",
             self._settings.role,
@@ -95,6 +104,8 @@ class SchedulerSide:
             logger.warning("disagg: role decode without prefill_workers: every prompt is prefilled locally")
 
     def close(self) -> None:
+        if self._decode is not None:
+            self._decode.close()
         if self._service is not None:
             self._service.close()
             self._service = None
@@ -102,16 +113,16 @@ class SchedulerSide:
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        prompt_tokens = request.num_prompt_tokens
-        self._load.arrived(request.request_id, prompt_tokens)
         if self._prefill is None:
             return
+        prompt_tokens = request.num_prompt_tokens
+        transfer_id = transfer_id_of(request.kv_transfer_params)
+        ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+        if ours or self._decode is None:  # else the decode role decides first whether it is computed here
+            self._load.arrived(request.request_id, prompt_tokens)
         if (prompt := _held_prompt(request)) is not None:
             self._prompts[request.request_id] = prompt
         self._publish_load()
-        transfer_id = transfer_id_of(request.kv_transfer_params)
-        if transfer_id is not None:
-            self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
@@ -122,6 +133,9 @@ class SchedulerSide:
             token_ids=request.prompt_token_ids or (),
             local_only=local_only_reason(request),
             http_fields=_http_fields(request),
+            cache_salt=request.cache_salt or "",
+            lora=request.lora_request.lora_name if request.lora_request is not None else "",
+            priority=request.priority,
         )
         answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
         match answer:
@@ -217,6 +231,15 @@ class SchedulerSide:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
+    def _other_model(self) -> list[str]:
+        """A warning where the settings name another model than the engine serves."""
+        meant, config = self._settings.model, self._vllm_config.model_config
+        names = config.served_model_name or config.model
+        names = [names] if isinstance(names, str) else list(names)
+        if meant is None or meant in names:
+            return []
+        return [f"the settings are for model {meant!r}, this engine serves {', '.join(map(repr, names))}"]
+
     def _publish_load(self) -> None:
         if self._service is not None and self._service.prefill is not None:
             pool = self._block_pool
@@ -237,7 +260,7 @@ class SchedulerSide:
         return int(self._block_pool.get_num_free_blocks()) * self._block_size
 
     def _snapshot(self) -> dict[str, object]:
-        view: dict[str, object] = {"inactive_reason": self.inactive_reason}
+        view: dict[str, object] = {"inactive_reason": self.inactive_reason, "load": asdict(self._load.load())}
         if self._block_pool is not None:
             view["kv"] = {
                 "free_blocks": self._block_pool.get_num_free_blocks(),

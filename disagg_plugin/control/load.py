@@ -1,4 +1,4 @@
-"""What a prefill engine knows about its own load, counted from the scheduler's calls; engine-neutral."""
+"""What an engine knows about its own load, counted from the scheduler's calls; engine-neutral."""
 
 import time
 from collections.abc import Callable
@@ -13,13 +13,19 @@ UNKNOWN_SPEED = PrefillModel()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A snapshot; see ``control.messages.LoadReport`` for the same on the wire."""
+    """A snapshot; see ``control.messages.LoadReport`` for what of it travels.
+
+    Attributes:
+        running_decodes, decode_context_tokens: Requests past their prompt, and their contexts in all.
+    """
 
     queued_requests: int = 0
     queued_prefill_tokens: int = 0
     running_requests: int = 0
     prefill_tokens_per_s: float = PRIOR_TOKENS_PER_S
     prefill: PrefillModel = UNKNOWN_SPEED
+    running_decodes: int = 0
+    decode_context_tokens: int = 0
 
     @property
     def eta_s(self) -> float:
@@ -43,12 +49,13 @@ class LoadTracker:
         self._remaining: dict[str, int] = {}  # prefill tokens left; absent once the prompt is computed
         self._remaining_tokens = 0
         self._queued: set[str] = set()
+        self._ended_since_step = 0
 
-    def arrived(self, request_id: str, prompt_tokens: int) -> None:
-        """A request entered the engine's queue."""
+    def arrived(self, request_id: str, prompt_tokens: int, cached_tokens: int = 0) -> None:
+        """A request is to be computed here; ``cached_tokens`` of its prompt are already."""
         self._prompt_tokens[request_id] = prompt_tokens
         self._queued.add(request_id)
-        self._set_remaining(request_id, prompt_tokens)
+        self._set_remaining(request_id, max(0, prompt_tokens - cached_tokens))
 
     def computes(self, request_id: str, before: int, after: int) -> PromptWork | None:
         """The step being built computes tokens ``[before, after)`` of a request: its part of the prompt, or None.
@@ -66,6 +73,7 @@ class LoadTracker:
     def step_built(self, number: int, work: StepWork) -> None:
         """A step was handed to the workers; numbers grow."""
         self.last_step = work
+        self._ended_since_step = 0
         self._times.built(number, work)
 
     def step_ended(self, number: int) -> None:
@@ -78,19 +86,26 @@ class LoadTracker:
             self.arrived(request_id, prompt_tokens)
 
     def finished(self, request_id: str) -> None:
-        """A request left the engine."""
+        """A request left the engine, whether it had arrived here or its KV came from elsewhere."""
+        self._ended_since_step += request_id not in self._queued
         self._prompt_tokens.pop(request_id, None)
         self._set_remaining(request_id, 0)
         self._queued.discard(request_id)
 
     def load(self) -> Load:
         """The snapshot to publish."""
+        step = self.last_step
+        decodes = step.decodes + sum([p.done for p in step.prompts])
+        context_tokens = step.decode_context_tokens + sum([p.cached_tokens + p.new_tokens for p in step.prompts])
+        running = max(0, decodes - self._ended_since_step)
         return Load(
             queued_requests=len(self._queued),
             queued_prefill_tokens=self._remaining_tokens,
             running_requests=len(self._prompt_tokens) - len(self._queued),
             prefill_tokens_per_s=self._times.tokens_per_s,
             prefill=self.model.prefill(HERE),
+            running_decodes=running,
+            decode_context_tokens=context_tokens * running // decodes if decodes else 0,
         )
 
     def _set_remaining(self, request_id: str, tokens: int) -> None:

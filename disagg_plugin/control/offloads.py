@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from disagg_plugin.config import TransferSettings
-from disagg_plugin.control.decode_side import OfferCall
+from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted, PrefillEnded, PrefillFailed
 from disagg_plugin.control.messages import Accepted, Cancel, Offer, Refused
 from disagg_plugin.control.offload_call import CompletionsDialect, post_prompt

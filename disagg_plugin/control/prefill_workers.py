@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import OfferCall
+from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent
 from disagg_plugin.control.messages import AnyMessage, Hello, Ready
 from disagg_plugin.control.offloads import Offloads
@@ -36,7 +36,7 @@ from disagg_plugin.control.worker_link import Health, MakeClient, Surroundings, 
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 from disagg_plugin.serving.prefix_index import PrefixIndex
-from disagg_policies.snapshots import PrefillModel, WorkerState
+from disagg_policies.snapshots import WorkerState
 
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
@@ -62,7 +62,7 @@ class _Posted:
 
 
 class PrefillWorkers:
-    """All prefill workers; implements :class:`disagg_plugin.control.decode_side.DecodePort`."""
+    """All prefill workers; implements :class:`disagg_plugin.control.decode_port.DecodePort`."""
 
     def __init__(
         self,
@@ -89,7 +89,6 @@ class PrefillWorkers:
         self._links: dict[str, WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[DecodeEvent] = deque()
-        self._assumed: PrefillModel | None = None
         self._index = PrefixIndex()
         self._latency = LatencyModel(clock)
         self.counters: Counter[str] = Counter()
@@ -103,7 +102,6 @@ class PrefillWorkers:
             changed=lambda _: self._publish(),
             codec=settings.transfer.codec,
             silent_after_s=settings.side_channel.peer_timeout_s,
-            assumed=lambda: self._assumed,
         )
         # handed over by the I/O thread
         self._view = _View()
@@ -150,21 +148,22 @@ class PrefillWorkers:
             yield self._events.popleft()
 
     def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int = 0) -> None:
-        """KV of an offload to ``peer`` has landed whole; ``seconds`` as long as bytes were waiting for the wire."""
+        """KV of an offload to ``peer`` has landed whole; ``seconds`` as long as bytes were waiting for the wire.
+
+        Like ``saw_overhead`` it tells that an offload went all the way: that ends a back-off.
+
+        Args:
+            tokens: That the bytes are the KV of; 0: not known.
+        """
         self._post(self._saw_transfer, peer, wire_bytes, seconds, tokens)
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
-        """An offload to ``peer`` took so much longer than its queue, prefill and transfer."""
+        """An offload to ``peer`` landed, and took so much longer than its queue, prefill and transfer."""
         self._post(self._saw_overhead, peer, seconds)
 
     def failed(self, peer: str, reason: str) -> None:
         """An offload failed after ``peer`` had accepted it, and not because the connection was lost."""
         self._post(self._failed, peer, reason)
-
-    def assume(self, prefill: PrefillModel) -> None:
-        """Take ``prefill`` for workers that have measured nothing yet: ours, as the same model on the same kind of
-        machine; a guess that is too slow would keep every prompt away from them, and so from being measured."""
-        self._assumed = prefill
 
     # -- I/O thread: life --------------------------------------------------------------------------------------
 
@@ -267,6 +266,7 @@ class PrefillWorkers:
     def _saw_overhead(self, name: str, seconds: float) -> None:
         if (link := self._links.get(name)) is not None:
             self._latency.saw_overhead(name, seconds=seconds)
+            link.succeeded()
             self._refresh(link)
 
     def _failed(self, name: str, reason: str) -> None:

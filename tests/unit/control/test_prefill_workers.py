@@ -10,7 +10,7 @@ from unit.control.virtual import VirtualLoop
 
 from disagg_plugin.config import load_settings
 from disagg_plugin.control.channel import ChannelState
-from disagg_plugin.control.decode_side import OfferCall
+from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.digest_stream import pack
 from disagg_plugin.control.events import PeerJoined, PeerLeft, PrefillFailed
 from disagg_plugin.control.messages import (
@@ -394,18 +394,6 @@ def test_a_missing_part_of_the_digest_is_asked_for_once_a_second() -> None:
         bench.side.workers()
         assert bench.side.overlap_tokens([5]) == (128,)
         assert bench.side.overlap_tokens([7]) == (0,)
-
-    run(story)
-
-
-def test_a_worker_that_measured_nothing_is_taken_for_one_like_us() -> None:
-    async def story(bench: Bench) -> None:
-        bench.side.assume(PrefillModel(0.004, 5e-5, 1e-9, samples=300))
-        client = bench.meet(report=False)
-        client.deliver(msgspec.structs.replace(REPORT, prefill=PrefillSpeed(0.005, 1e-3, 2e-8, 0, 0.0)))
-        assert bench.row().prefill.per_token_s == 5e-5
-        client.deliver(REPORT)
-        assert bench.row().prefill.per_token_s == 1e-4
 
     run(story)
 
