@@ -91,12 +91,21 @@ class Pair:
     def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
         self.http = http
         self.port = free_port()
-        common = {"split_policy": {"prefill_queue_max": queue_max}, "transfer": {"offer_timeout_s": 0.5}}
+        common = {"transfer": {"offer_timeout_s": 0.5}}
         channel = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
-        p_settings = load_settings({"role": "prefill", "side_channel": {"port": self.port, **channel}, **common})
+        limit = {"split_policy": {"prefill_queue_max": queue_max}}  # prefill enforces its own, whatever decode thinks
+        p_settings = load_settings(
+            {"role": "prefill", "side_channel": {"port": self.port, **channel}, **limit, **common}
+        )
         worker = {"url": http.url, "side_channel": f"127.0.0.1:{self.port}"}
         d_settings = load_settings(
-            {"role": "decode", "side_channel": {"port": 0, **channel}, "prefill_workers": [worker], **common}
+            {
+                "role": "decode",
+                "side_channel": {"port": 0, **channel},
+                "prefill_workers": [worker],
+                "policy": {"offload": "threshold"},
+                **common,
+            }
         )
         self.p_service = self.service(p_settings, prefill_facts)
         self.d_service = self.service(d_settings, FACTS)
@@ -112,7 +121,9 @@ class Pair:
         return service
 
     def met(self) -> bool:
-        return self.d_service.decode is not None and any(w.healthy for w in self.d_service.decode.workers())
+        """Whether a prompt could be offered now."""
+        links = self.d_service.decode
+        return links is not None and bool(eligible(1_000, links.workers(), now_s=time.monotonic()))
 
     def match(self) -> object:
         return self.decode.match(PROMPT, 0, free_tokens=10_000)
@@ -291,16 +302,14 @@ def test_an_idle_prefill_engine_stays_fresh_without_being_asked(http: HttpPrefil
         eventually(lambda: links.workers()[0].reported_s > 0)
         first_s = links.workers()[0].reported_s
         eventually(lambda: links.workers()[0].reported_s > first_s, within_s=1.0)
-        assert eligible(1_000, links.workers(), now_s=time.monotonic())
+        assert pair.met()
 
 
 def test_a_killed_prefill_engine_is_left_within_a_second(http: HttpPrefill) -> None:
     with running(Pair(http)) as pair:
-        links = pair.d_service.decode
-        assert links is not None
-        eventually(lambda: bool(eligible(1_000, links.workers(), now_s=time.monotonic())))
+        eventually(pair.met)
         pair.p_service.close()
-        eventually(lambda: not eligible(1_000, links.workers(), now_s=time.monotonic()), within_s=1.0)
+        eventually(lambda: not pair.met(), within_s=1.0)
 
 
 def test_a_silent_decode_engine_is_forgotten_by_prefill(http: HttpPrefill) -> None:
