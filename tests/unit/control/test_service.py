@@ -91,7 +91,7 @@ class Pair:
     def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
         self.http = http
         self.port = free_port()
-        common = {"transfer": {"offer_timeout_s": 0.5}}
+        common = {"policy": {"offload": "threshold"}, "transfer": {"offer_timeout_s": 0.5}}
         channel = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
         limit = {"split_policy": {"prefill_queue_max": queue_max}}  # prefill enforces its own, whatever decode thinks
         p_settings = load_settings(
@@ -103,7 +103,6 @@ class Pair:
                 "role": "decode",
                 "side_channel": {"port": 0, **channel},
                 "prefill_workers": [worker],
-                "policy": {"offload": "threshold"},
                 **common,
             }
         )
