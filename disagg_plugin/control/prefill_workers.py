@@ -36,7 +36,7 @@ from disagg_plugin.control.worker_link import Health, MakeClient, Surroundings, 
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 from disagg_plugin.serving.prefix_index import PrefixIndex
-from disagg_policies.snapshots import WorkerState
+from disagg_policies.snapshots import PrefillModel, WorkerState
 
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
@@ -89,6 +89,7 @@ class PrefillWorkers:
         self._links: dict[str, WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[DecodeEvent] = deque()
+        self._assumed: PrefillModel | None = None
         self._index = PrefixIndex()
         self._latency = LatencyModel(clock)
         self.counters: Counter[str] = Counter()
@@ -102,6 +103,7 @@ class PrefillWorkers:
             changed=lambda _: self._publish(),
             codec=settings.transfer.codec,
             silent_after_s=settings.side_channel.peer_timeout_s,
+            assumed=lambda: self._assumed,
         )
         # handed over by the I/O thread
         self._view = _View()
@@ -164,6 +166,11 @@ class PrefillWorkers:
     def failed(self, peer: str, reason: str) -> None:
         """An offload failed after ``peer`` had accepted it, and not because the connection was lost."""
         self._post(self._failed, peer, reason)
+
+    def assume(self, prefill: PrefillModel) -> None:
+        """Take ``prefill`` for workers that have measured nothing yet: ours, as the same model on the same kind of
+        machine; a guess that is too slow would keep every prompt away from them, and so from being measured."""
+        self._assumed = prefill
 
     # -- I/O thread: life --------------------------------------------------------------------------------------
 

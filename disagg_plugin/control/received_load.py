@@ -1,7 +1,7 @@
 """A prefill worker's load report as a decode engine believes it: numbers that make no sense never get further. Pure."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from disagg_plugin.control.messages import LoadReport, PrefillSpeed
 from disagg_policies.snapshots import DEFAULT_TOKENS_PER_S, PrefillModel
@@ -42,6 +42,12 @@ class ReceivedLoad:
             ),
             prefill=_model(report.prefill) or self.prefill,
         )
+
+    def assuming(self, prefill: PrefillModel | None) -> "ReceivedLoad":
+        """With somebody's model in place of one that rests on nothing; queues then drain at that speed too."""
+        if prefill is None or self.prefill.samples or prefill.per_token_s <= 0:
+            return self
+        return replace(self, prefill=replace(prefill, samples=0), prefill_tokens_per_s=1 / prefill.per_token_s)
 
 
 def _model(speed: PrefillSpeed | None) -> PrefillModel | None:

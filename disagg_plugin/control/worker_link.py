@@ -49,7 +49,7 @@ from disagg_plugin.errors import PeerLost
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_index import PrefixIndex
-from disagg_policies.snapshots import WorkerState
+from disagg_policies.snapshots import PrefillModel, WorkerState
 
 SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 REPORTS_EVERY_S = 0.5  # at least, by P's promise
@@ -92,6 +92,7 @@ class Surroundings:
     changed: Callable[["WorkerLink"], None]
     codec: CodecChoice = "auto"
     silent_after_s: float = 3.0
+    assumed: Callable[[], PrefillModel | None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -354,7 +355,7 @@ class WorkerLink:
 
     def refresh(self) -> None:
         """Make the row anew: something that it shows has changed, or time has passed."""
-        load = self._load
+        load = self._load.assuming(self.around.assumed())
         latency, welcome = self.around.latency, self.welcome
         per_token = self._bytes_per_token
         if per_token is None:

@@ -398,6 +398,18 @@ def test_a_missing_part_of_the_digest_is_asked_for_once_a_second() -> None:
     run(story)
 
 
+def test_a_worker_that_measured_nothing_is_taken_for_one_like_us() -> None:
+    async def story(bench: Bench) -> None:
+        bench.side.assume(PrefillModel(0.004, 5e-5, 1e-9, samples=300))
+        client = bench.meet(report=False)
+        client.deliver(msgspec.structs.replace(REPORT, prefill=PrefillSpeed(0.005, 1e-3, 2e-8, 0, 0.0)))
+        assert bench.row().prefill.per_token_s == 5e-5
+        client.deliver(REPORT)
+        assert bench.row().prefill.per_token_s == 1e-4
+
+    run(story)
+
+
 def test_addresses_of_a_name_come_and_go_without_disturbing_others() -> None:
     async def story(bench: Bench) -> None:
         await bench.listed("10.0.0.1", "10.0.0.2")

@@ -47,3 +47,14 @@ def test_a_value_without_sense_leaves_the_last_good_one(bad: float) -> None:
     load = good.updated(report)
     assert (load.queued_requests, load.kv_usage, load.prefill_tokens_per_s) == (9, 0.5, 8_000.0)
     assert load.prefill == good.prefill == PrefillModel(0.01, 1e-4, 1e-9, 20, 0.1)
+
+
+def test_a_worker_that_has_measured_nothing_is_assumed_to_be_like_us() -> None:
+    ours = PrefillModel(0.004, 5e-5, 1e-9, samples=300, error=0.05)
+    fresh = ReceivedLoad().updated(LoadReport(1, 0, 0, 0, 0.0, 1_000.0, PrefillSpeed(0.005, 1e-3, 2e-8, 0, 0.0)))
+    assumed = fresh.assuming(ours)
+    assert (assumed.prefill.per_token_s, assumed.prefill.samples) == (5e-5, 0)
+    assert assumed.prefill_tokens_per_s == pytest.approx(20_000)
+    measured = ReceivedLoad().updated(GOOD)
+    assert measured.assuming(ours) == measured
+    assert fresh.assuming(None) == fresh
