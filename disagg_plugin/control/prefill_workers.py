@@ -152,11 +152,11 @@ class PrefillWorkers:
             yield self._events.popleft()
 
     def landed(self, peer: str, *, wire_bytes: int, tokens: int) -> None:
-        """KV of an offload to ``peer`` has landed whole."""
+        """KV of an offload to ``peer`` has landed whole: that also ends a back-off."""
         self._post(self._landed, peer, wire_bytes, tokens)
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
-        """An offload to ``peer`` took so much longer than its queue, prefill and transfer."""
+        """An offload to ``peer`` landed, and took so much longer than its queue, prefill and transfer."""
         self._post(self._saw_overhead, peer, seconds)
 
     def failed(self, peer: str, reason: str) -> None:

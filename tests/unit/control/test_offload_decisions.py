@@ -83,9 +83,7 @@ def test_a_landed_transfer_teaches_bytes_per_token_and_the_overhead() -> None:
     bench.side.reports([RankReport(0, receive_timings=(timing,))])
     bench.now += 9.0
     bench.side.load_completed("r1")
-    assert ("saw_transfer", "p:1", "3000 in 0.600") in bench.port.sent, (
-        "the first chunk's own way is not seen from here"
-    )
+    assert ("landed", "p:1", "4000 of 999") in bench.port.sent
     (overhead,) = [text for what, _, text in bench.port.sent if what == "saw_overhead"]
     assert 7.0 < float(overhead) < 9.0, "nine seconds, less about one that the prior expects of a prefill"
 
