@@ -89,8 +89,9 @@ def projected(
         return early
     own_class = snapshot.class_named(snapshot.request.service_class)
     own = forecast(snapshot, own_class, chunk_tokens=chunk_tokens)
+    pressure = _pressure(own, own_class)
     level = degradation_level(
-        _pressure(own, own_class), snapshot.level, len(own_class.degrade), start=degrade_from, hysteresis=hysteresis
+        pressure, snapshot.level, len(own_class.degrade), start=degrade_from, hysteresis=hysteresis
     )
     missed = _missed(own, own_class)
     if not missed:
@@ -103,8 +104,8 @@ def projected(
         reason = "lower_class_fits"
     else:
         excess_s = _ttft_excess_s(own, own_class) if missed == "ttft" else _tpot_excess_s(snapshot, own, own_class)
-        return Refused(missed, retry_after_s(snapshot, excess_s), False, level, own.ttft_s, own.tpot_s)
-    return Admitted(reason, _applicable(own_class, own, level), level, own.ttft_s, own.tpot_s)
+        return Refused(missed, retry_after_s(snapshot, excess_s), False, level, own.ttft_s, own.tpot_s, pressure)
+    return Admitted(reason, _applicable(own_class, own, level), level, own.ttft_s, own.tpot_s, pressure)
 
 
 def current_queue(
@@ -131,12 +132,9 @@ def current_queue(
     own_class = snapshot.class_named(snapshot.request.service_class)
     queued = sum(work.requests for work in snapshot.queued)
     ttft_s = queued * snapshot.mean_prefill_s + snapshot.decode.running_decodes * snapshot.mean_decode_s
+    pressure = ttft_s / own_class.ttft_slo_s
     level = degradation_level(
-        ttft_s / own_class.ttft_slo_s,
-        snapshot.level,
-        len(own_class.degrade),
-        start=degrade_from,
-        hysteresis=hysteresis,
+        pressure, snapshot.level, len(own_class.degrade), start=degrade_from, hysteresis=hysteresis
     )
     highest, lowest = snapshot.classes[0].priority, snapshot.classes[-1].priority
 
@@ -154,10 +152,10 @@ def current_queue(
     elif _some_lower_class(snapshot, own_class, lambda lower: ttft_s <= limit_s(lower)[0]):
         reason = "lower_class_fits"
     else:
-        return Refused(why, retry_after_s(snapshot, ttft_s - limit), False, level, ttft_s)
+        return Refused(why, retry_after_s(snapshot, ttft_s - limit), False, level, ttft_s, None, pressure)
     reachable = any(worker.healthy for worker in snapshot.workers)
     steps = [step for step in own_class.degrade[:level] if reachable or step != ONLY_OFFLOAD]
-    return Admitted(reason, tuple(steps), level, ttft_s)
+    return Admitted(reason, tuple(steps), level, ttft_s, None, pressure)
 
 
 def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_tokens: int = 2048) -> Forecast:

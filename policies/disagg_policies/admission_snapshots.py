@@ -129,6 +129,7 @@ class Admitted:
         steps: Degradation steps to apply to this request.
         level: Steps of its class that are on from now.
         ttft_s, tpot_s: Predicted, where anything was.
+        pressure: Share of the class's SLO that others use up; 1 and above: somebody is refused.
     """
 
     reason: str
@@ -136,6 +137,7 @@ class Admitted:
     level: int = 0
     ttft_s: float | None = None
     tpot_s: float | None = None
+    pressure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class Refused:
     Attributes:
         retry_after_s: Whole seconds, 1 to 60.
         unavailable: Nobody could be served now, whatever the class: HTTP 503 instead of 429.
-        level: As in ``Admitted``.
+        level, ttft_s, tpot_s, pressure: As in ``Admitted``.
     """
 
     reason: str
@@ -154,6 +156,7 @@ class Refused:
     level: int = 0
     ttft_s: float | None = None
     tpot_s: float | None = None
+    pressure: float = 0.0
 
 
 Admission = Admitted | Refused
