@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pluggy
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from disagg_plugin import builtin_policies, hookspecs
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.settings_base import SettingsSection
 
 GROUP = "disagg"
 PREFIX = "disagg_"
@@ -43,10 +44,8 @@ Names = Annotated[
 ]
 
 
-class PolicySettings(BaseModel):
+class PolicySettings(SettingsSection):
     """Which policies decide; a list is asked in order, ``None`` of one leaves it to the next."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     offload: Names = Field(default=("latency",), description="Prefill here or elsewhere: latency, threshold, or yours.")
     placement: Names = Field(
