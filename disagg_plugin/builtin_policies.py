@@ -105,6 +105,7 @@ def _projected(snapshot: AdmissionSnapshot, p: PolicyParameters) -> Admission:
     return admission.projected(
         snapshot,
         reject_on_slo_violation=p.reject_on_slo_violation,
+        low_priority_threshold_s=p.low_priority_threshold_s,
         degrade_from=p.degrade_from,
         hysteresis=p.degrade_hysteresis,
         chunk_tokens=p.chunk_tokens,

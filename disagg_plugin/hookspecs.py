@@ -40,7 +40,7 @@ class PolicyParameters:
         suspect_after_s: Age from which a load report is not believed, seconds.
         offers: How many workers a placement names: the second is asked if the first refuses.
         reject_on_slo_violation: Refuse what is predicted to miss its SLO; otherwise it is served late.
-        low_priority_threshold_s: Predicted seconds to the first token from which the lowest class is refused.
+        low_priority_threshold_s: Predicted seconds to the first token above which the lowest class is refused, or None.
         degrade_from, degrade_hysteresis: Pressure at which degradation begins, and how far it must fall to end.
     """
 
@@ -59,7 +59,7 @@ class PolicyParameters:
     suspect_after_s: float = 1.0
     offers: int = 2
     reject_on_slo_violation: bool = True
-    low_priority_threshold_s: float = 0.5
+    low_priority_threshold_s: float | None = None
     degrade_from: float = 0.7
     degrade_hysteresis: float = 0.1
 

@@ -14,7 +14,7 @@ Reasons to refuse, the first two with 503 instead of 429:
     draining, no_capacity
     fair_share        its key has had more than its share while others of its class wait
     ttft, tpot        predicted to miss this SLO
-    low_priority      of the lowest of several classes, and above its threshold       (current_queue)
+    low_priority      of the lowest of several classes, and above its threshold
 """
 
 import math
@@ -66,6 +66,7 @@ def projected(
     snapshot: AdmissionSnapshot,
     *,
     reject_on_slo_violation: bool = True,
+    low_priority_threshold_s: float | None = None,
     degrade_from: float = 0.7,
     hysteresis: float = 0.1,
     chunk_tokens: int = 2048,
@@ -80,6 +81,8 @@ def projected(
     would never be served. What is late in its own class, but not in a lower one, is served: the lower one would be.
 
     Args:
+        reject_on_slo_violation: Otherwise what is late is served, unless the threshold below refuses it.
+        low_priority_threshold_s: The lowest of several classes is refused above it, in place of a longer SLO.
         degrade_from: Pressure at which a class's first degradation step comes on; see ``degradation_level``.
         hysteresis: How far the pressure has to fall below a step's beginning until the step goes off.
         chunk_tokens: Prompt tokens of one prefill step of a worker.
@@ -93,17 +96,31 @@ def projected(
     level = degradation_level(
         pressure, snapshot.level, len(own_class.degrade), start=degrade_from, hysteresis=hysteresis
     )
-    missed = _missed(own, own_class)
+    highest, lowest = snapshot.classes[0].priority, snapshot.classes[-1].priority
+
+    def missed_by(seen: Forecast, promised: ServiceClass) -> str:
+        threshold_s = low_priority_threshold_s if promised.priority == lowest > highest else None
+        if threshold_s is not None and seen.ttft_s > max(threshold_s, STRETCH * seen.alone_s):
+            return "low_priority"
+        return _missed(seen, promised) if reject_on_slo_violation else ""
+
+    missed = missed_by(own, own_class)
     if not missed:
-        reason = "long" if own.ttft_s > own_class.ttft_slo_s else "fits"
-    elif not reject_on_slo_violation:
-        reason = "late"
+        reason = "fits"
+        if _missed(own, own_class):
+            reason = "late"
+        elif own.ttft_s > own_class.ttft_slo_s:
+            reason = "long"
     elif _some_lower_class(
-        snapshot, own_class, lambda lower: not _missed(forecast(snapshot, lower, chunk_tokens=chunk_tokens), lower)
+        snapshot, own_class, lambda lower: not missed_by(forecast(snapshot, lower, chunk_tokens=chunk_tokens), lower)
     ):
         reason = "lower_class_fits"
     else:
-        excess_s = _ttft_excess_s(own, own_class) if missed == "ttft" else _tpot_excess_s(snapshot, own, own_class)
+        if missed == "tpot":
+            excess_s = _tpot_excess_s(snapshot, own, own_class)
+        else:
+            limit_s = low_priority_threshold_s if missed == "low_priority" else own_class.ttft_slo_s
+            excess_s = own.ttft_s - max(limit_s or 0.0, STRETCH * own.alone_s)
         return Refused(missed, retry_after_s(snapshot, excess_s), False, level, own.ttft_s, own.tpot_s, pressure)
     return Admitted(reason, _applicable(own_class, own, level), level, own.ttft_s, own.tpot_s, pressure)
 
@@ -112,7 +129,7 @@ def current_queue(
     snapshot: AdmissionSnapshot,
     *,
     reject_on_slo_violation: bool = True,
-    low_priority_threshold_s: float = 0.5,
+    low_priority_threshold_s: float | None = 0.5,
     degrade_from: float = 0.7,
     hysteresis: float = 0.1,
 ) -> Admission:
@@ -140,8 +157,9 @@ def current_queue(
 
     def limit_s(of: ServiceClass) -> tuple[float, str]:
         limit = of.ttft_slo_s if reject_on_slo_violation else math.inf
-        if of.priority == lowest > highest and low_priority_threshold_s < limit:
-            return low_priority_threshold_s, "low_priority"
+        threshold_s = low_priority_threshold_s if of.priority == lowest > highest else None
+        if threshold_s is not None and threshold_s < limit:
+            return threshold_s, "low_priority"
         return limit, "ttft"
 
     limit, why = limit_s(own_class)
@@ -270,10 +288,6 @@ def _missed(seen: Forecast, promised: ServiceClass) -> str:
 
 def _ttft_limit_s(seen: Forecast, promised: ServiceClass) -> float:
     return max(promised.ttft_slo_s, STRETCH * seen.alone_s)
-
-
-def _ttft_excess_s(seen: Forecast, promised: ServiceClass) -> float:
-    return seen.ttft_s - _ttft_limit_s(seen, promised)
 
 
 def _tpot_excess_s(snapshot: AdmissionSnapshot, seen: Forecast, promised: ServiceClass) -> float:

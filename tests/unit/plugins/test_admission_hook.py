@@ -44,7 +44,7 @@ def test_a_policy_of_ones_own_is_asked_first_and_may_leave_it_to_the_next() -> N
 
 def test_the_policy_is_chosen_by_name() -> None:
     assert admitter().ask(CROWDED).reason == "ttft"
-    assert admitter(admission="current_queue").ask(CROWDED).reason == "low_priority"
+    assert admitter(admission="current_queue").ask(CROWDED).reason == "fits"  # 9 requests, it knows no tokens
     with pytest.raises(ConfigError, match="there are projected, current_queue"):
         admitter(admission="guess")
 
@@ -53,6 +53,8 @@ def test_the_parameters_come_from_the_settings() -> None:
     chosen = choose(load_plugins()).admission
     lenient = Admitter(chosen, PolicyParameters(reject_on_slo_violation=False))
     assert lenient.ask(CROWDED).reason == "late"
+    strict = Admitter(chosen, PolicyParameters(reject_on_slo_violation=False, low_priority_threshold_s=0.5))
+    assert strict.ask(CROWDED).reason == "low_priority"
 
 
 @pytest.mark.parametrize(

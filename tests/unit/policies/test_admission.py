@@ -1,5 +1,6 @@
 """Who is served when not everybody can be: the urgent before the others, and nobody turned away for nothing."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -35,7 +36,11 @@ CLASSES = (HIGH, NORMAL, LOW)
 MODEL = PrefillModel(base_s=0.0, per_token_s=1e-3, per_pair_s=0.0)  # a second per 1,000 tokens
 DECODE = DecodeState(prefill=MODEL, decode=DecodeModel(0.01, 1e-3, 0.0))
 WORKER = WorkerState("p0", healthy=True, queued_requests=0, max_prompt_tokens=64_000, prefill=MODEL, link=Link())
-POLICIES: tuple[Callable[[AdmissionSnapshot], Admission], ...] = (projected, current_queue)
+POLICIES: tuple[Callable[[AdmissionSnapshot], Admission], ...] = (
+    projected,
+    current_queue,
+    functools.partial(projected, low_priority_threshold_s=0.5),
+)
 
 
 def snapshot(service_class: str = "normal", prompt_tokens: int = 500, **changes: object) -> AdmissionSnapshot:
@@ -115,6 +120,15 @@ def test_without_reject_on_slo_violation_the_late_are_served() -> None:
     late = snapshot(queued=queued((0, 60_000)))
     assert projected(late, reject_on_slo_violation=False).reason == "late"
     assert current_queue(late, reject_on_slo_violation=False).reason == "late"
+
+
+def test_the_lowest_of_several_classes_has_a_threshold_of_its_own() -> None:
+    waiting = snapshot("low", queued=queued((0, 1_000)))
+    assert projected(waiting).reason == "fits"
+    for reject in (True, False):
+        answer = projected(waiting, low_priority_threshold_s=1.0, reject_on_slo_violation=reject)
+        assert (answer.reason, isinstance(answer, Refused)) == ("low_priority", True)
+    assert projected(replace(waiting, classes=(LOW,)), low_priority_threshold_s=1.0).reason == "fits"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
