@@ -3,7 +3,7 @@
     python benchmarks/admission.py [--calls 100000] [--json]
 
 Every call is one request through ``AdmissionMiddleware``: body read and looked at, class and API key resolved, snapshot
-made of a busy engine's report (three classes queued, four prefill workers) and of a hundred reservations, policy asked,
+made of a busy engine's report (three classes queued, two prefill workers) and of a hundred reservations, policy asked,
 priority written into the body, response passed on. Bodies are of four kinds in turn: chat of 2 kB, chat of 24 kB, 1,000
 token ids, and a chat of 1 MB. The stub's own time, measured without the middleware, is subtracted.
 
@@ -38,7 +38,7 @@ def busy_gate() -> Gate:
         {"enable_early_rejection": True, "api_keys": [{"service_class": "high", "sha256": key_digest(KEY)}]}
     )
     gate = Gate(settings, Admitter(choose(load_plugins()).admission, PolicyParameters()))
-    workers = tuple(WorkerState(f"10.0.0.{at}:5600", True, at, 131_072, prefill=FAST) for at in range(4))
+    workers = tuple(WorkerState(f"10.0.0.{at}:5600", True, at, 131_072, prefill=FAST) for at in range(2))
     queued = tuple(QueuedWork(priority, 8, 9_000) for priority in (-1, 0, 1))
     decode = DecodeState("d", running_decodes=64, decode_context_tokens=200_000, prefill=FAST)
     gate.update(EngineState(decode=decode, workers=workers, queued=queued, reorders=True, kv_capacity_tokens=10**7))

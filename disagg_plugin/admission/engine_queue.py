@@ -19,6 +19,7 @@ from disagg_policies.snapshots import DecodeState, WorkerState
 
 SMOOTHING = 0.1  # weight of the newest finished decode
 DRAIN_WINDOW_S = 5.0
+_TYPICAL_TOKENS = 1_000
 
 
 @dataclass(slots=True)
@@ -125,7 +126,10 @@ class EngineQueue:
                 by_priority[request.priority] = (requests + 1, tokens + left)
         queued = tuple(QueuedWork(priority, *by_priority[priority]) for priority in sorted(by_priority))
         self._sequence += 1
-        healthy = sorted((w for w in workers if w.healthy), key=lambda w: w.queue_s)
+        best = sorted(
+            (worker for worker in workers if worker.healthy),
+            key=lambda w: w.queue_s + w.overhead_s + w.prefill.seconds(_TYPICAL_TOKENS, 0),
+        )
         return EngineState(
             sequence=self._sequence,
             decode=replace(
@@ -135,7 +139,7 @@ class EngineQueue:
                 queued_requests=sum(work.requests for work in queued),
                 queued_prefill_tokens=sum(work.tokens for work in queued),
             ),
-            workers=tuple(healthy[:MAX_WORKERS]),
+            workers=tuple(best[:MAX_WORKERS]),
             queued=queued,
             landing_requests=landing_requests,
             landing_tokens=landing_tokens,

@@ -15,7 +15,7 @@ from disagg_policies.admission_snapshots import QueuedWork
 from disagg_policies.snapshots import DecodeState, WorkerState
 
 RECENT = 128  # arrivals that a state names; more between two states are counted twice for a moment
-MAX_WORKERS = 4  # the best ones are enough for an estimate
+MAX_WORKERS = 2  # the best ones are enough for an estimate
 
 
 class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -71,13 +71,13 @@ def test_the_drain_rate_is_what_was_computed_while_others_waited() -> None:
     assert queue.state().drain_tokens_per_s is None
 
 
-def test_only_healthy_workers_are_reported_the_shortest_queues_first() -> None:
+def test_only_the_best_healthy_workers_are_reported() -> None:
     link = Link(1e8, samples=3)
     workers = [
         WorkerState(f"p{at}", at != 2, 0, 1_000, queued_prefill_tokens=1_000 * (7 - at), link=link) for at in range(7)
     ]
     seen = EngineQueue().state(workers=workers)
-    assert [worker.worker for worker in seen.workers] == ["p6", "p5", "p4", "p3"]
+    assert [worker.worker for worker in seen.workers] == ["p6", "p5"]
 
 
 def test_the_state_survives_a_channel_of_plain_values() -> None:
