@@ -336,9 +336,9 @@ def _describe(error: ErrorDetails) -> str:
 def _suggest(loc: tuple[int | str, ...]) -> str:
     name = str(loc[-1])
     allowed = list(_model_at(loc[:-1]).model_fields)
-    for section in DisaggSettings.model_fields:
-        if name in _model_at((section,)).model_fields and (section,) != loc[:-1] and name not in allowed:
-            return f"it stands under {section}"
+    sections = [section for section in DisaggSettings.model_fields if name in _model_at((section,)).model_fields]
+    if sections and name not in allowed:
+        return f"it stands under {' and '.join(sections)}"
     if close := difflib.get_close_matches(name, allowed, n=1):
         return f"did you mean {close[0]}?"
     return f"known here: {', '.join(allowed)}"

@@ -14,7 +14,7 @@ import aiohttp
 
 from disagg_plugin.config import CodecChoice, DisaggSettings, PrefillWorkerSettings, is_loopback
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
-from disagg_plugin.control.decode_side import OfferCall
+from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import (
     DecodeEvent,
     PeerJoined,
@@ -86,7 +86,7 @@ class _Worker:
 
 
 class PrefillWorkers:
-    """Links to all prefill workers; implements :class:`disagg_plugin.control.decode_side.DecodePort`."""
+    """Links to all prefill workers; implements :class:`disagg_plugin.control.decode_port.DecodePort`."""
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class EngineFacts:
     """What this engine tells its peers about itself.
 
     Attributes:
+        prefix_capacity_tokens: KV tokens that its prefix cache can hold; 0: it keeps none.
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
     """
@@ -51,6 +52,7 @@ class EngineFacts:
     endpoints: tuple[RankEndpoint, ...]
     max_prompt_tokens: int
     dp_rank: int = 0
+    prefix_capacity_tokens: int = 0
 
 
 class ControlService:
@@ -108,6 +110,8 @@ class ControlService:
         self._io.spawn(self._sweep())
 
     async def _close(self) -> None:
+        if self.prefill is not None:
+            self.prefill.close()
         if self.decode is not None:
             await self.decode.close()
         if self._server is not None:
@@ -129,9 +133,8 @@ class ControlService:
         elif self.prefill is not None:
             self.prefill.on_message(identity, message)
 
-    def _send(self, identity: bytes, message: AnyMessage) -> None:
-        if self._server is not None:
-            self._server.send(identity, message)
+    def _send(self, identity: bytes, message: AnyMessage) -> bool:
+        return self._server is not None and self._server.send(identity, message)
 
     def snapshot(self) -> dict[str, object]:
         """The debug view of the whole process."""
@@ -145,7 +148,7 @@ class ControlService:
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
         if self.prefill is not None:
-            view["prefill_service"] = dict(self.prefill.counters)
+            view["prefill_service"] = self.prefill.snapshot()
         if self.decode is not None:
             view["prefill_workers"] = self.decode.snapshot()
         return view
@@ -167,6 +170,8 @@ class ControlService:
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,
             post=self._io.post,
+            later=self._io.later,
+            kv_capacity_tokens=facts.prefix_capacity_tokens,
         )
 
     def _prefill_workers(self, facts: EngineFacts) -> PrefillWorkers:

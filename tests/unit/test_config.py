@@ -68,7 +68,9 @@ def test_the_effective_settings_can_be_read_back() -> None:
             "settings: prefill_workers.0.api_key: unknown field; did you mean api_key_env?",
             id="misspelt field in a list, its value not shown",
         ),
-        pytest.param({"codec": "int8"}, "settings: codec: unknown field; it stands under transfer", id="wrong section"),
+        pytest.param(
+            {"codec": "int8"}, "settings: codec: unknown field; it stands under policy and transfer", id="wrong section"
+        ),
         pytest.param(
             {"nixl": {"zzz": 1}},
             "settings: nixl.zzz: unknown field; known here: backend, net_devices, progress_thread",

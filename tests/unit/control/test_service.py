@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from disagg_plugin.config import DisaggSettings, load_settings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import ModelIdentity
 from disagg_plugin.control.prefill_side import PrefillSide
