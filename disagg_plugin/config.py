@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from disagg_plugin.autoscale_settings import AutoscaleSettings
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
 from disagg_plugin.qos_settings import QosSettings
 from disagg_plugin.settings_base import SettingsSection
@@ -206,6 +207,9 @@ class DisaggSettings(SettingsSection):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    observability: ObservabilitySettings = Field(
+        default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
+    )
     model_revision_id: str | None = Field(
         default=None, description="Stands in for the weights digest where weight files cannot be read."
     )

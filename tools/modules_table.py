@@ -13,6 +13,7 @@ FOLDERS = (
     "disagg_plugin/control",
     "disagg_plugin/kv",
     "disagg_plugin/serving",
+    "disagg_plugin/observability",
     "disagg_plugin/cli",
     "policies/disagg_policies",
 )

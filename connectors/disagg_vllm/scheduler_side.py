@@ -1,8 +1,9 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
@@ -14,9 +15,12 @@ from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.control.step_times import PromptWork, StepWork
 from disagg_plugin.errors import DisaggError
-from disagg_plugin.kv.commands import Command
+from disagg_plugin.kv.commands import Command, RankEndpoint
+from disagg_plugin.observability.collect import Collector
+from disagg_plugin.observability.journal import Journal
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import local_only_reason, unsupported_engine
 
 if TYPE_CHECKING:
@@ -45,6 +49,14 @@ class SchedulerSide:
         self._service: ControlService | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
+        self._journal = Journal()
+        self._collector: Collector | None = None
+        self._live_requests = 0
+        self._at_rest = False
+        self._stats_failures = 0
+        self._endpoints: tuple[RankEndpoint, ...] = ()
+        # what on_engine_state's callbacks get in the API server: asked once per stats interval
+        self.engine_state: Callable[[], dict[str, Any] | None] | None = None
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -66,10 +78,11 @@ class SchedulerSide:
         geometry = ordered[0].geometry
         assert geometry is not None
         config = self._vllm_config
+        self._endpoints = tuple(r.endpoint for r in ordered if r.endpoint is not None)
         facts = EngineFacts(
             model=model_identity(config, self._settings),
             geometry=geometry,
-            endpoints=tuple(r.endpoint for r in ordered if r.endpoint is not None),
+            endpoints=self._endpoints,
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
@@ -85,10 +98,15 @@ class SchedulerSide:
                 kv_capacity_tokens=capacity,
                 load=self._load,
                 step_tokens=config.scheduler_config.max_num_batched_tokens,  # the workers' are not known; mostly equal
+                journal=self._journal,
             )
         if service.prefill is not None:
             self._prefill = PrefillSide(
-                self._settings, service.prefill, ranks=len(ordered), kv_capacity_tokens=capacity
+                self._settings,
+                service.prefill,
+                ranks=len(ordered),
+                kv_capacity_tokens=capacity,
+                journal=self._journal,
             )
         self.inactive_reason = ""
         for line in [*self._other_model(), *not_active_yet(self._settings)]:
@@ -113,6 +131,7 @@ class SchedulerSide:
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
+        self._live_requests += 1
         if self._prefill is None:
             return
         prompt_tokens = request.num_prompt_tokens
@@ -213,6 +232,7 @@ class SchedulerSide:
 
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
+        self._live_requests -= 1
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
@@ -228,6 +248,47 @@ class SchedulerSide:
     @property
     def holds_blocks(self) -> bool:
         return self._prefill is not None and self._prefill.holds_blocks
+
+    def stats(self) -> DisaggStats | None:
+        """What the API server should hear after this step, or None; an exception here would end the engine."""
+        try:
+            return self._collect()
+        except Exception:
+            self._stats_failures += 1
+            if self._stats_failures == 1:
+                logger.exception("disagg: no figures can be collected; further failures are not logged")
+            return None
+
+    def _collect(self) -> DisaggStats | None:
+        if self._collector is None:
+            self._collector = self._make_collector()
+        at_rest = self._live_requests <= 0 and not self.needs_steps
+        comes_to_rest, self._at_rest = at_rest and not self._at_rest, at_rest
+        deltas = self._collector.collect(at_rest=comes_to_rest)
+        return DisaggStats(deltas.data) if deltas is not None else None
+
+    def _make_collector(self) -> Collector:
+        return Collector(
+            self._figures,
+            self._journal,
+            interval_s=self._settings.observability.stats_interval_s,
+            ring_slots=sum(endpoint.ring_slots for endpoint in self._endpoints),
+            private_buffers=self._settings.transfer.region_slots * len(self._endpoints),
+            engine_state=lambda: self.engine_state() if self.engine_state is not None else None,
+        )
+
+    def _figures(self) -> dict[str, object]:
+        """What of the debug snapshot metrics are made from."""
+        view: dict[str, object] = {"inactive_reason": self.inactive_reason}
+        if self._decode is not None:
+            view["decode"] = self._decode.figures()
+        if self._prefill is not None:
+            view["prefill"] = self._prefill.figures()
+        if self._service is not None:
+            view |= self._service.links()
+            if self._service.prefill is not None:
+                view["prefill_service"] = dict(self._service.prefill.counters)
+        return view
 
     # -- inside ------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
+from disagg_plugin.observability.journal import Journal
 from disagg_policies.snapshots import Local
 
 RECENT_TRANSFERS = 256
@@ -62,8 +63,10 @@ class DecodeSide:
         load: LoadTracker | None = None,
         step_tokens: int = DEFAULT_STEP_TOKENS,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._settings = settings
+        self._journal = journal or Journal()
         self._port = port
         self._load = load or LoadTracker(clock)
         self._decisions = OffloadDecisions(
@@ -120,6 +123,7 @@ class DecodeSide:
             return NotYet()
         if transfer.prompt_tokens - 1 <= cached_tokens:
             self._abandon(transfer, Event.ABORT, "cached_meanwhile")
+            self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, cached_tokens, transfer.failure)
         return self._claim(transfer, cached_tokens, free_tokens)
 
@@ -213,6 +217,7 @@ class DecodeSide:
     def _decide(self, prompt: PromptView, cached_tokens: int, free_tokens: int) -> Answer:
         if prompt.local_only is not None:
             self.decisions[prompt.local_only] += 1
+            self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, cached_tokens, prompt.local_only)
         record = self._decisions.decide(
             prompt,
@@ -223,7 +228,9 @@ class DecodeSide:
         decision = record.decision
         self.decisions[decision.reason] += 1
         if isinstance(decision, Local):
+            self._journal.decided(prompt.request_id, "local", decision.local_ttft_s)
             return self._stay(prompt, cached_tokens, decision.reason)
+        self._journal.decided(prompt.request_id, "offloaded", decision.remote_ttft_s)
         transfer = Transfer(
             request_id=prompt.request_id,
             transfer_id=secrets.token_bytes(16),
@@ -286,6 +293,7 @@ class DecodeSide:
             self.totals["aborted"] += 1
         else:
             self.fallbacks[reason] += 1
+            self._journal.fell_back(transfer.request_id)
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))
             if event is not Event.ABORT:  # the engine computes what is missing without asking again
@@ -295,7 +303,9 @@ class DecodeSide:
     def _forget(self, transfer: Transfer) -> None:
         self._by_request.pop(transfer.request_id, None)
         self._by_transfer.pop(transfer.transfer_id, None)
-        self.recent.append(transfer.row())
+        row = transfer.row()
+        self.recent.append(row)
+        self._journal.transfer_over("decode", row)
 
     def _drain(self) -> None:
         for event in self._port.drain():
@@ -336,16 +346,25 @@ class DecodeSide:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
+        transfers = list(self._by_request.values())
         return {
-            "decisions": dict(self.decisions),
+            **self.figures(),
             **self._decisions.snapshot(),
-            "fallbacks": dict(self.fallbacks),
-            "totals": dict(self.totals),
-            "open": [t.row() for t in list(self._by_request.values()) if t.state not in OVER],
-            "tracked_requests": len(self._by_request) + len(self._local),
-            "held_tokens": self._held_tokens,
+            "open": [t.row() for t in transfers if t.state not in OVER],
+            "tracked_requests": len(transfers) + len(self._local),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
             "recent": list(self.recent),
+        }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        return {
+            "decisions": dict(self.decisions),
+            "policies": self._decisions.policies(),
+            "fallbacks": dict(self.fallbacks),
+            "totals": dict(self.totals),
+            "open_transfers": sum(t.state not in OVER for t in list(self._by_request.values())),
+            "held_tokens": self._held_tokens,
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }
 

@@ -120,9 +120,12 @@ class OffloadDecisions:
         """The debug view."""
         return {
             "decision_log": self._decider.rows(),
-            "policies": self._decider.status(),
             "latency_model": self._load.model.snapshot(),
         }
+
+    def policies(self) -> dict[str, object]:
+        """Which policies are asked, and how they do."""
+        return self._decider.status()
 
     def close(self) -> None:
         """Let the threads of other people's policies end."""

@@ -36,6 +36,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, State, advance
+from disagg_plugin.observability.journal import Journal
 
 RECENT_TRANSFERS = 256
 
@@ -83,8 +84,10 @@ class PrefillSide:
         ranks: int,
         kv_capacity_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._settings = settings
+        self._journal = journal or Journal()
         self._port = port
         self._ranks = ranks
         self._capacity_tokens = kv_capacity_tokens
@@ -113,6 +116,7 @@ class PrefillSide:
             self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
             return False
         ticket.request_id = request_id
+        self._journal.prefills_for_another(request_id)
         self._by_request[request_id] = ticket
         return True
 
@@ -257,7 +261,9 @@ class PrefillSide:
         if self._tickets.pop(ticket.offer.transfer_id, None) is None:
             return
         self._by_request.pop(ticket.request_id, None)
-        self.recent.append(self._describe(ticket))
+        row = self._describe(ticket)
+        self.recent.append(row)
+        self._journal.transfer_over("prefill", row)
 
     def _drain(self) -> None:
         for event in self._port.drain():
@@ -318,14 +324,21 @@ class PrefillSide:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
+        return {
+            **self.figures(),
+            "open": [self._describe(t) for t in list(self._tickets.values())],
+            "recent": list(self.recent),
+        }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
         tickets = list(self._tickets.values())
         return {
             "totals": dict(self.totals),
             "drops": dict(self.drops),
-            "open": [self._describe(t) for t in tickets],
+            "open_transfers": len(tickets),
             "held_requests": sum(t.holding for t in tickets),
             "held_tokens": sum(t.computed_tokens for t in tickets if t.holding),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
-            "recent": list(self.recent),
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }

@@ -138,13 +138,18 @@ class ControlService:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view of the whole process."""
-        view = {
+        return {
             "engine": self.engine,
             "epoch": self.epoch,
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             **self._snapshot(),
+            **self.links(),
         }
+
+    def links(self) -> dict[str, object]:
+        """The part of it about the links to peers."""
+        view: dict[str, object] = {}
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
         if self.prefill is not None:

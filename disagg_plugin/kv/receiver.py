@@ -31,6 +31,7 @@ from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
 from disagg_plugin.kv.wire import ChunkHeader, codec_names
+from disagg_plugin.observability.buckets import CHUNK_SCATTER, CHUNK_SECONDS, add_duration
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +278,7 @@ class Scatter:
         state.chunks += 1
         state.wire_bytes += chunk.nbytes
         state.codecs.update(header.codecs)
+        add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
         self._counters["chunks_received"] += 1
         self._counters["wire_bytes_received"] += chunk.nbytes
         self._counters["raw_bytes_received"] += self._raw_bytes(header.tokens)
