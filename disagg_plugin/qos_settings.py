@@ -133,9 +133,6 @@ class QosSettings(SettingsSection):
     state_max_age_s: float = Field(
         default=30.0, gt=0, description="Age from which the engine's report is not believed, and everybody admitted."
     )
-    admin_route: bool = Field(
-        default=False, description="Answer GET /disagg/status with JSON; keep that path away from clients."
-    )
 
     @field_validator("classes")
     @classmethod

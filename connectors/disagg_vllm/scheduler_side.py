@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from disagg_plugin.admission.engine_queue import EngineQueue
+from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
@@ -18,6 +20,8 @@ from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
 from disagg_plugin.observability.collect import Collector
 from disagg_plugin.observability.journal import Journal
+from disagg_plugin.serving.latency import HERE
+from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.stats import DisaggStats
@@ -57,6 +61,9 @@ class SchedulerSide:
         self._endpoints: tuple[RankEndpoint, ...] = ()
         # what on_engine_state's callbacks get in the API server: asked once per stats interval
         self.engine_state: Callable[[], dict[str, Any] | None] | None = None
+        self._queue: EngineQueue | None = None
+        if settings.qos.enable_early_rejection:
+            self._queue, self.engine_state = EngineQueue(), self._engine_state
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -132,6 +139,8 @@ class SchedulerSide:
 
     def on_new_request(self, request: "Request") -> None:
         self._live_requests += 1
+        if self._queue is not None:
+            self._queue.arrived(request.request_id, request.num_prompt_tokens, request.priority)
         if self._prefill is None:
             return
         prompt_tokens = request.num_prompt_tokens
@@ -145,6 +154,8 @@ class SchedulerSide:
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
+        if self._queue is not None:
+            self._queue.cached(request.request_id, cached_tokens)
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
             return 0, False
         prompt = PromptView(
@@ -157,6 +168,8 @@ class SchedulerSide:
             priority=request.priority,
         )
         answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        if self._queue is not None:
+            self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
         match answer:
             case Claim(tokens):
                 return tokens, True
@@ -183,6 +196,8 @@ class SchedulerSide:
         """What this step computes: for the load, for the model of our own speed, and for what P exports."""
         for request_id in output.preempted_req_ids or ():
             self._load.preempted(request_id)
+            if self._queue is not None:
+                self._queue.preempted(request_id)
             if self._prefill is not None:
                 self._prefill.preempted(request_id)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
@@ -193,6 +208,8 @@ class SchedulerSide:
         for request_id, before in computed.items():
             after = before + output.num_scheduled_tokens[request_id]
             work = self._load.computes(request_id, before, after)
+            if self._queue is not None:
+                self._queue.computed(request_id, after)
             if work is not None and self._prefill is not None:
                 self._export(output, work, self._prefill)
             if work is not None and work.new_tokens > 1:
@@ -233,6 +250,8 @@ class SchedulerSide:
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
         self._live_requests -= 1
+        if self._queue is not None:
+            self._queue.finished(request.request_id)
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
@@ -289,6 +308,27 @@ class SchedulerSide:
             if self._service.prefill is not None:
                 view["prefill_service"] = dict(self._service.prefill.counters)
         return view
+
+    def _engine_state(self) -> dict[str, Any] | None:
+        """What admission in the API servers is told."""
+        if self._queue is None:
+            return None
+        model, pool = self._load.model, self._block_pool
+        decode = DecodeState(
+            kv_usage=float(pool.get_usage()) if pool is not None else 0.0,
+            prefill=model.prefill(HERE),
+            decode=model.decode(),
+        )
+        scheduler = self._vllm_config.scheduler_config
+        workers = self._service.decode.workers() if self._service is not None and self._service.decode else ()
+        state = self._queue.state(
+            decode,
+            workers,
+            reorders=scheduler.policy == "priority",
+            kv_capacity_tokens=self._capacity_tokens() or None,
+            max_running=scheduler.max_num_seqs,
+        )
+        return to_plain(state)
 
     # -- inside ------------------------------------------------------------------------------------------------
 

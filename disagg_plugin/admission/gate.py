@@ -11,7 +11,8 @@ No I/O, no clock of its own, no engine types; all calls from one thread, the API
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from disagg_plugin.admission.admitter import Admitter
 from disagg_plugin.admission.body import BodyFacts
@@ -58,10 +59,12 @@ class Ticket:
     remote_prefill_done: bool
     steps: tuple[str, ...]
     reservation: Reservation
+    reason: str
     ttft_s: float | None = None
     refusal: "Refusal | None" = None
     exact: bool = False
     charged_tokens: int = 0
+    further: list[Reservation] = field(default_factory=list)  # of a request with several prompts
 
     @property
     def service_class(self) -> ServiceClass:
@@ -87,13 +90,22 @@ class _Engine:
     received_s: float
 
 
+class Observer(Protocol):
+    """Who counts what becomes of requests."""
+
+    def admitted(self, slo_class: str | None, reason: str = "") -> None: ...
+    def refused(self, slo_class: str | None, reason: str) -> None: ...
+    def degraded(self, slo_class: str | None, step: str) -> None: ...
+
+
 class Gate:
     """See the module.
 
     Attributes:
         draining: Refuse everybody with 503.
-        applies_routing: The second stage is there, which tells the scheduler about ``never_offload`` and
-            ``only_offload``; without it these steps are left out.
+        has_exact: The second stage is there. It also tells the scheduler about ``never_offload`` and ``only_offload``;
+            without it these steps are left out.
+        observer: Who counts, or None.
         outcomes: By class, stage, outcome and reason.
         degraded: Applied steps, by class and step.
     """
@@ -114,7 +126,8 @@ class Gate:
         self.book = ClassBook(settings)
         self.accepts_transfers = accepts_transfers
         self.draining = False
-        self.applies_routing = False
+        self.has_exact = False
+        self.observer: Observer | None = None
         self.outcomes: Counter[tuple[str, str, str, str]] = Counter()
         self.degraded: Counter[tuple[str, str]] = Counter()
         self._admitter = admitter
@@ -157,6 +170,15 @@ class Gate:
         """What was admitted here and is in no report yet."""
         return self._ledger.work()
 
+    def newest_reports(self) -> dict[str, EngineState]:
+        """Of each engine, for other API servers."""
+        return {name: engine.state for name, engine in self._engines.items()}
+
+    def kv_capacity_tokens(self) -> int | None:
+        """Of all engines together, or None: not known."""
+        known = [engine.state.kv_capacity_tokens for engine in self._engines.values()]
+        return sum(tokens or 0 for tokens in known) or None
+
     # -- a request's way ---------------------------------------------------------------------------------------------
 
     def enter(self, path: str, headers: Mapping[bytes, bytes], facts: BodyFacts) -> Ticket | Refusal:
@@ -186,9 +208,12 @@ class Gate:
             facts.remote_prefill_done,
             answer.steps,
             self._ledger.reserve(standing.service_class.priority, work_tokens, self._clock()),
+            answer.reason,
             answer.ttft_s,
         )
         self._charge(ticket, work_tokens)
+        if not self.has_exact and self.observer is not None:
+            self.observer.admitted(standing.service_class.name, answer.reason)
         return ticket
 
     def exact(
@@ -196,10 +221,17 @@ class Gate:
     ) -> Refusal | None:
         """Second stage, before queueing.
 
+        A request with several prompts comes here with each of them; the first decides.
+
         Args:
             request_id: As the engine's scheduler will know it.
             cached_tokens: Prefix that the engine holds, or None: what the first stage believed counts.
         """
+        if ticket.exact:
+            more = self._ledger.reserve(ticket.service_class.priority, prompt_tokens, self._clock())
+            self._ledger.sent(more, request_mark(request_id), prompt_tokens)
+            ticket.further.append(more)
+            return None
         if ticket.text_bytes and not ticket.exact:
             ticket.route.saw_length(ticket.text_bytes, prompt_tokens)
         if cached_tokens is None:
@@ -221,6 +253,8 @@ class Gate:
         ticket.reservation = self._ledger.reserve(ticket.service_class.priority, work_tokens, self._clock())
         self._ledger.sent(ticket.reservation, request_mark(request_id), work_tokens)
         self._charge(ticket, work_tokens)
+        if self.observer is not None:
+            self.observer.admitted(ticket.service_class.name, answer.reason)
         return None
 
     def used(self, ticket: Ticket, prompt_tokens: int, cached_tokens: int | None, output_tokens: int) -> None:
@@ -236,11 +270,16 @@ class Gate:
     def left(self, ticket: Ticket) -> None:
         """The request is over, in whichever way; idempotent."""
         self._ledger.release(ticket.reservation)
+        for reservation in ticket.further:
+            self._ledger.release(reservation)
 
     def applied(self, ticket: Ticket, steps: tuple[str, ...]) -> None:
         """These degradation steps were applied, and the client is told."""
         for step in steps:
-            self.degraded[ticket.service_class.name, step.partition(":")[0]] += 1
+            name = step.partition(":")[0]
+            self.degraded[ticket.service_class.name, name] += 1
+            if self.observer is not None:
+                self.observer.degraded(ticket.service_class.name, name)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
@@ -305,6 +344,8 @@ class Gate:
         refused = isinstance(answer, Refused)
         if refused or stage == STAGES[0]:  # an exact check that agrees with the first one is no other outcome
             self.outcomes[name, stage, "refused" if refused else "admitted", answer.reason] += 1
+        if refused and self.observer is not None:
+            self.observer.refused(name, answer.reason)
         return answer
 
     def _snapshot(self, arrival: Arrival, state: EngineState, overused: bool) -> AdmissionSnapshot:

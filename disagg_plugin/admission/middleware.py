@@ -31,7 +31,6 @@ ROUTES = {  # and the fields that limit a response's length there; the engine lo
     "/v1/responses": ("max_output_tokens",),
     "/inference/v1/generate": (),
 }
-STATUS_PATH = "/disagg/status"
 DEGRADED_HEADER = b"x-disagg-degraded"
 _USAGE_TAIL_BYTES = 4096
 _USAGE = {
@@ -64,8 +63,6 @@ class AdmissionMiddleware:
             path = path[len(root) :]
         if scope["method"] == "POST" and path in ROUTES:
             await self._generate(path, scope, receive, send)
-        elif path == STATUS_PATH and scope["method"] == "GET" and self.gate.settings.admin_route:
-            await _respond(send, 200, self.gate.status())
         else:
             await self.app(scope, receive, send)
 
@@ -112,7 +109,7 @@ class AdmissionMiddleware:
                 if not names or facts.min_tokens > cap or (asked is not None and asked <= cap):
                     continue
                 fields.update(dict.fromkeys(names, cap))
-            elif not self.gate.applies_routing:
+            elif not self.gate.has_exact:
                 continue
             steps.append(step)
         return fields, tuple(steps)

@@ -1,6 +1,6 @@
 """The gate knows what it let in before any engine does, and believes no engine longer than it should."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from unit.admission.gates import Clock, gate, report
@@ -157,6 +157,43 @@ def test_one_tenants_long_prompts_do_not_take_the_others_places() -> None:
     assert outcomes["light"] == ["admitted"] * 8
     assert outcomes["heavy"][0] == "admitted"
     assert "fair_share" in outcomes["heavy"]
+
+
+def test_of_several_prompts_the_first_decides_and_all_are_counted() -> None:
+    asked = gate()
+    asked.update(report(1))
+    batch = ticket(enter(asked, 3_000))
+    for at in range(3):
+        assert asked.exact(batch, f"id-{at}", 1_000) is None
+    assert asked.reservations() == [QueuedWork(0, 3, 3_000)]
+    asked.left(batch)
+    assert asked.reservations() == []
+
+
+@pytest.mark.parametrize("has_exact", [False, True])
+def test_each_request_is_told_to_the_observer_once(has_exact: bool) -> None:
+    class Observer:
+        told: ClassVar[list[tuple[str | None, ...]]] = []
+
+        def admitted(self, slo_class: str | None, reason: str = "") -> None:
+            self.told.append(("admitted", slo_class, reason))
+
+        def refused(self, slo_class: str | None, reason: str) -> None:
+            self.told.append(("refused", slo_class, reason))
+
+        def degraded(self, slo_class: str | None, step: str) -> None:
+            self.told.append(("degraded", slo_class, step))
+
+    Observer.told.clear()
+    asked = gate()
+    asked.observer, asked.has_exact = Observer(), has_exact
+    asked.update(report(1, (1, 3_200)))
+    low = ticket(enter(asked, 100, priority=1))
+    if has_exact:
+        asked.exact(low, "id", 100)
+    asked.applied(low, low.steps)
+    enter(asked, 2_000, priority=1)
+    assert Observer.told == [("admitted", "low", "fits"), ("degraded", "low", "max_tokens"), ("refused", "low", "ttft")]
 
 
 def test_an_unknown_class_is_the_callers_to_answer() -> None:

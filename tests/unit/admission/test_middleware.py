@@ -149,7 +149,6 @@ def test_draining_is_503() -> None:
         pytest.param(b"{}", "/v1/embeddings", "POST", id="nothing is generated"),
         pytest.param(b"{}", "/v1/completions", "GET", id="no such method"),
         pytest.param(b"", "/health", "GET", id="health"),
-        pytest.param(b"", "/disagg/status", "GET", id="status, which nobody enabled"),
     ],
 )
 def test_what_does_not_concern_us_is_the_engines_to_answer(body: bytes, path: str, method: str) -> None:
@@ -245,7 +244,7 @@ def test_routing_steps_need_the_second_stage() -> None:
     classes = {"low": {"ttft_slo_s": 4.0, "priority": 1, "degrade": ["never_offload"]}}
     for there, expected in ((False, None), (True, b"never_offload")):
         degrading = gate(classes=classes, default_class="low")
-        degrading.applies_routing = there
+        degrading.has_exact = there
         degrading.update(PRESSED)
         assert ask(degrading, IDS)[1].get(b"x-disagg-degraded") == expected
         assert SEEN[0]["ticket"].routing == "never_offload"
@@ -316,11 +315,6 @@ def test_usage_teaches_the_route() -> None:
         ask(asked, {"prompt": "x" * 600})
     status: Any = asked.status()
     assert status["routes"]["/v1/completions"]["bytes_per_token"] == pytest.approx(6.1, abs=0.2)
-
-
-def test_the_status_route_answers_where_it_is_enabled() -> None:
-    status, _, body = ask(gate(admin_route=True), b"", path="/disagg/status", method="GET")
-    assert (status, body["draining"]) == (200, False)
 
 
 # -- the client that people use ----------------------------------------------------------------------------------------
