@@ -26,6 +26,7 @@ from disagg_plugin.settings_file import merge, one_line, read_mapping
 
 Role = Literal["prefill", "decode", "both"]
 CodecChoice = Literal["auto", "raw", "int8", "int8c"]
+Discover = Literal["static", "dns"]
 
 
 def is_loopback(host: str) -> bool:
@@ -37,15 +38,31 @@ def is_loopback(host: str) -> bool:
 
 
 class PrefillWorkerSettings(SettingsSection):
-    """One prefill engine, as its decode engines reach it."""
+    """One prefill engine, or all behind a DNS name, as decode engines reach them.
+
+    A plain text is short for one field: ``http://10.0.0.5:8000`` is a URL, ``prefill.default.svc:8000`` a name whose
+    every address is a prefill engine (``url: http://prefill.default.svc:8000``, ``discover: dns``).
+    """
 
     url: str = Field(description="Base URL of its OpenAI HTTP API, for example http://10.0.0.5:8000.")
     side_channel: str | None = Field(
         default=None, description="host:port of its side channel; default: the URL's host and side_channel.port."
     )
+    discover: Discover = Field(
+        default="static",
+        description="static: one engine at that URL. dns: one at each address that the URL's host name has, looked up "
+        "again every few seconds (a Kubernetes headless service).",
+    )
     api_key_env: str | None = Field(
         default=None, description="Environment variable that holds its API key, if it asks for one."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return {"url": value} if "://" in value else {"url": f"http://{value}", "discover": "dns"}
 
     @field_validator("url")
     @classmethod
@@ -67,6 +84,19 @@ class PrefillWorkerSettings(SettingsSection):
         if address is not None:
             _split_address(address)
         return address
+
+    @model_validator(mode="after")
+    def _a_name_to_look_up(self) -> Self:
+        if self.discover == "dns":
+            host = urlsplit(self.url).hostname or ""
+            if _is_address(host):
+                raise ValueError(f"discover: dns needs a name to look up, {host} is an address: leave discover out")
+            if self.side_channel is not None and _split_address(self.side_channel)[0] != host:
+                raise ValueError(
+                    f"side_channel {self.side_channel} must have the host of url, {host}: with discover: dns both are "
+                    "looked up together"
+                )
+        return self
 
     def side_channel_address(self, default_port: int) -> tuple[str, int]:
         """Where this worker's scheduler listens: ``side_channel``, or the URL's host and ``default_port``."""
@@ -320,6 +350,14 @@ def _split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535 or "/" in address:
         raise ValueError("must be host:port, port 1 to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(error: ErrorDetails) -> str:

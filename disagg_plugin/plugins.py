@@ -125,11 +125,12 @@ def load_plugins(
         manager.register(plugin, name)
     for name, plugin in extra:
         register(manager, name, plugin)
-    entry_points = {entry_point.name: entry_point for entry_point in importlib.metadata.entry_points(group=GROUP)}
     for kind in HOOKS:
         for name in getattr(settings, kind):
-            if not _builtin(manager, kind, name) and not manager.has_plugin(name) and name in entry_points:
-                register(manager, name, _loaded(entry_points[name]))
+            if _builtin(manager, kind, name) or manager.has_plugin(name):
+                continue
+            for entry_point in importlib.metadata.entry_points(group=GROUP, name=name):
+                register(manager, name, _loaded(entry_point))
     if settings.module is not None and not manager.has_plugin(settings.module):
         register(manager, settings.module, _imported(settings.module))
     return manager

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from disagg_plugin.control.events import DecodeEvent
-from disagg_policies.snapshots import WorkerState
+from disagg_policies.snapshots import PrefillModel, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class OfferCall:
 class DecodePort(Protocol):
     """What the I/O thread offers to this role; every call returns at once."""
 
-    def workers(self) -> Sequence[WorkerState]:
+    def workers(self) -> tuple[WorkerState, ...]:
         """Every prefill worker, healthy or not; the same tuple until something changes."""
         ...
 
@@ -81,12 +81,16 @@ class DecodePort(Protocol):
         """A transfer that this worker had accepted came to nothing: it counts for its back-off."""
         ...
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float) -> None:
-        """So long did so many bytes take."""
+    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
+        """So long did so many bytes take, the KV of so many tokens."""
         ...
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
         """So much longer than its queue, prefill and transfer did an offload take."""
+        ...
+
+    def assume(self, prefill: PrefillModel) -> None:
+        """The speed to take for workers that have measured nothing yet; without, a slow guess would be never tested."""
         ...
 
     def drain(self) -> Iterable[DecodeEvent]: ...

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import aiohttp
 import msgspec
 
-from disagg_plugin.config import PrefillWorkerSettings
+from disagg_plugin.control.worker_directory import WorkerAddress
 from disagg_plugin.errors import PeerRefused
 
 PARAMS_KEY = "disagg"
@@ -48,7 +48,7 @@ def transfer_id_of(params: object) -> bytes | None:
 
 
 async def post_prompt(
-    session: aiohttp.ClientSession, worker: PrefillWorkerSettings, dialect: CompletionsDialect, body: bytes
+    session: aiohttp.ClientSession, worker: WorkerAddress, dialect: CompletionsDialect, body: bytes
 ) -> None:
     """Post the prompt and wait for the prefill to end; cancelling the task closes the connection (stock abort).
 
@@ -59,7 +59,8 @@ async def post_prompt(
     headers = {"Content-Type": "application/json"}
     if worker.api_key_env and (key := os.environ.get(worker.api_key_env)):
         headers["Authorization"] = f"Bearer {key}"
-    async with session.post(worker.url.rstrip("/") + dialect.path, data=body, headers=headers) as response:
+    url = worker.url.rstrip("/") + dialect.path
+    async with session.post(url, data=body, headers=headers, server_hostname=worker.tls_name) as response:
         await response.read()
         if response.status != 200:
             raise PeerRefused(f"http_{response.status}")

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.decode_port import DecodePort, PromptView
@@ -15,7 +14,7 @@ from disagg_plugin.serving.decisions import Decider
 from disagg_plugin.serving.latency import HERE
 from disagg_plugin.serving.prefix_hash import prefix_hashes
 from disagg_policies.estimates import remote_ttft_s
-from disagg_policies.snapshots import DecodeState, PrefillModel, Prompt, WorkerState
+from disagg_policies.snapshots import DecodeState, Prompt
 
 DEFAULT_STEP_TOKENS = 2048
 
@@ -68,7 +67,6 @@ class OffloadDecisions:
         self._capacity_tokens = max(1, kv_capacity_tokens)
         self._budget_tokens = int(settings.transfer.held_kv_fraction * kv_capacity_tokens)
         self._step_tokens = step_tokens
-        self._assumed: tuple[tuple[WorkerState, ...], PrefillModel, tuple[WorkerState, ...]] | None = None
         self._decider = Decider(
             choose(load_plugins(policy), policy),
             parameters_of(settings, step_tokens=step_tokens),
@@ -88,10 +86,12 @@ class OffloadDecisions:
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         decode = self._state(free_tokens, promised_tokens)
+        if decode.prefill.samples:
+            self._port.assume(decode.prefill)
         return self._decider.decide(
             Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, priority=prompt.priority),
             decode,
-            self._as_fast_as_we(tuple(self._port.workers()), decode.prefill),
+            self._port.workers(),
             self._port.overlap_tokens(hashes),
         )
 
@@ -102,7 +102,10 @@ class OffloadDecisions:
             # the first chunk's own way is not seen from here
             later_bytes = arrival.wire_bytes * (arrival.chunks - 1) // arrival.chunks
             self._port.saw_transfer(
-                transfer.peer, wire_bytes=later_bytes, seconds=arrival.last_chunk_s - arrival.first_chunk_s
+                transfer.peer,
+                wire_bytes=later_bytes,
+                seconds=arrival.last_chunk_s - arrival.first_chunk_s,
+                tokens=(transfer.end_token - transfer.first_token) * (arrival.chunks - 1) // arrival.chunks,
             )
         if record is None:
             return
@@ -130,24 +133,6 @@ class OffloadDecisions:
     def close(self) -> None:
         """Let the threads of other people's policies end."""
         self._decider.close()
-
-    def _as_fast_as_we(self, workers: tuple[WorkerState, ...], ours: PrefillModel) -> tuple[WorkerState, ...]:
-        """Workers that were never measured with our own speed: one that seems slow would never be tried.
-
-        Done again only when the workers' states or our speed changed.
-        """
-        if ours.samples == 0 or all(worker.prefill.samples for worker in workers):
-            return workers
-        if self._assumed is None or self._assumed[0] is not workers or self._assumed[1] != ours:
-            tokens_per_s = 1 / max(ours.marginal_s(0), 1e-9)
-            assumed = tuple(
-                worker
-                if worker.prefill.samples
-                else replace(worker, prefill=replace(ours, samples=0), prefill_tokens_per_s=tokens_per_s)
-                for worker in workers
-            )
-            self._assumed = (workers, ours, assumed)
-        return self._assumed[2]
 
     def _state(self, free_tokens: int, promised_tokens: int) -> DecodeState:
         load = self._load.load()

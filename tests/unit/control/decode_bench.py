@@ -9,7 +9,7 @@ from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.kv.commands import AddPeer
-from disagg_policies.snapshots import WorkerState
+from disagg_policies.snapshots import PrefillModel, WorkerState
 
 LONG = PromptView("r1", tuple(range(1_000)))
 ROOM = 100_000
@@ -25,10 +25,11 @@ class FakePort:
         self.offers: list[OfferCall] = []
         self.sent: list[tuple[str, ...]] = []
         self.hashes: list[Sequence[int]] = []
+        self.assumed: PrefillModel | None = None
         self.events: list[DecodeEvent] = []
 
-    def workers(self) -> Sequence[WorkerState]:
-        return self.states
+    def workers(self) -> tuple[WorkerState, ...]:
+        return tuple(self.states)
 
     def offer(self, call: OfferCall) -> None:
         self.offers.append(call)
@@ -46,11 +47,14 @@ class FakePort:
     def failed(self, peer: str, reason: str) -> None:
         self.sent.append(("failed", peer, reason))
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float) -> None:
+    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
         self.sent.append(("saw_transfer", peer, f"{wire_bytes} in {seconds:.3f}"))
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
         self.sent.append(("saw_overhead", peer, f"{seconds:.3f}"))
+
+    def assume(self, prefill: PrefillModel) -> None:
+        self.assumed = prefill
 
     def drain(self) -> Iterable[DecodeEvent]:
         events, self.events = self.events, []

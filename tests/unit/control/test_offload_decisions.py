@@ -95,15 +95,15 @@ def test_a_transfer_in_one_chunk_says_nothing_about_the_link() -> None:
     assert not [what for what, *_ in bench.port.sent if what == "saw_transfer"]
 
 
-def test_a_worker_of_unknown_speed_is_taken_to_be_as_fast_as_this_engine() -> None:
-    """Otherwise a fast engine would never try it, and never learn."""
-    bench = Bench(policy={"offload": "latency"})
+def test_what_this_engine_measured_of_itself_is_what_it_assumes_of_others() -> None:
+    """Otherwise a fast engine would never try a worker that was not measured yet, and never learn."""
+    bench = Bench()
+    bench.match()
+    assert bench.port.assumed is None
     for tokens in (200, 400, 800) * 10:
         bench.load.model.saw_prefill(HERE, new_tokens=tokens, cached_tokens=0, seconds=tokens / 50_000)
-    bench.load.step_built(1, StepWork(decodes=200, decode_context_tokens=200))
-    assert bench.match() == NotYet()
-    (row,) = bench.side.snapshot()["decision_log"]  # type: ignore[misc]
-    assert row["remote_ttft_s"] < 0.1, "not the 1,000 tokens/s of the prior"
+    bench.match(of_length("next", 500))
+    assert bench.port.assumed == bench.load.model.prefill(HERE)
 
 
 @pytest.mark.parametrize(
