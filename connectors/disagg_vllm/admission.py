@@ -30,12 +30,12 @@ from disagg_plugin.config import DisaggSettings
 from disagg_plugin.hookspecs import PolicyParameters
 from disagg_plugin.plugins import choose, load_plugins
 from disagg_vllm.settings import settings_of
+from disagg_vllm.support import ROUTING_KEY
 
 logger = logging.getLogger("vllm.disagg")
 
 MIDDLEWARE = "disagg_vllm.admission.EarlyRejection"
 BOARD_ENV = "DISAGG_ADMISSION_BOARD"
-ROUTING_KEY = "disagg_routing"  # in the request's extra_args, for the connector
 _MARK = "_disagg_exact"
 _POLICY_FLAG = "--scheduling-policy"
 

@@ -21,11 +21,12 @@ from disagg_plugin.kv.commands import Command, RankEndpoint
 from disagg_plugin.observability.collect import Collector
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.serving.latency import HERE
+from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.stats import DisaggStats
-from disagg_vllm.support import local_only_reason, unsupported_engine
+from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -93,6 +94,7 @@ class SchedulerSide:
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
+            by_priority=config.scheduler_config.policy == "priority",
         )
         self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
         service.start()
@@ -166,6 +168,7 @@ class SchedulerSide:
             cache_salt=request.cache_salt or "",
             lora=request.lora_request.lora_name if request.lora_request is not None else "",
             priority=request.priority,
+            only_offload=routing_of(request) == ONLY_OFFLOAD,
         )
         answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
         if self._queue is not None:

@@ -60,6 +60,7 @@ class Board:
             self._slot = self._free_slot()
             self._sequence = _HEADER.unpack_from(self._map, self._slot * SLOT_BYTES)[0] & ~1
             self._write(_Page(self._pid))
+            fcntl.flock(file, fcntl.LOCK_UN)  # the map keeps the file open, and with it the lock
         self._others: dict[int, _Page] = {}
         self._seen: dict[int, int] = {}
         self._due_s = float("-inf")

@@ -14,9 +14,10 @@ class PromptView:
 
     Attributes:
         local_only: Why it must not be offloaded, or None.
-        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
+        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt).
         cache_salt, lora: Prefixes under another of these share nothing.
-        priority: As the engine counts; smaller is more urgent.
+        priority: As the engine counts; smaller is more urgent. Travels to workers that schedule by it.
+        only_offload: Wherever it can be offloaded, it is, however slow that is.
     """
 
     request_id: str
@@ -26,6 +27,7 @@ class PromptView:
     cache_salt: str = ""
     lora: str = ""
     priority: int = 0
+    only_offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class OfferCall:
     token_ids: Sequence[int]
     cached_tokens: int
     http_fields: tuple[tuple[str, object], ...]
+    priority: int = 0
 
 
 class DecodePort(Protocol):

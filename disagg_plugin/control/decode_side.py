@@ -253,6 +253,7 @@ class DecodeSide:
                 token_ids=prompt.token_ids,
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
+                priority=prompt.priority,
             )
         )
         return NotYet()

@@ -89,7 +89,13 @@ class OffloadDecisions:
         if decode.prefill.samples:
             self._port.assume(decode.prefill)
         return self._decider.decide(
-            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, priority=prompt.priority),
+            Prompt(
+                prompt.request_id,
+                len(prompt.token_ids),
+                cached_tokens,
+                priority=prompt.priority,
+                only_offload=prompt.only_offload,
+            ),
             decode,
             self._port.workers(),
             self._port.overlap_tokens(hashes),
