@@ -46,7 +46,7 @@ class Forecast:
         local_s, remote_s: Seconds to the first token either way; ``remote_s`` is None without a worker.
         wait_s: Part of the shorter way that others are to blame for, seconds.
         tpot_s: Mean seconds per further token.
-        alone_s, alone_tpot_s: The same on an idle engine, prefilled locally.
+        alone_s, alone_tpot_s: The same on idle engines.
     """
 
     local_s: float
@@ -139,15 +139,16 @@ def current_queue(
 
         ttft = queued prefills * mean prefill seconds + running decodes * mean decode seconds
 
-    Above its class's SLO a request is refused, unless it is of the highest of several classes; one of the lowest also
-    above ``low_priority_threshold_s``. Nothing here knows how long this prompt is, or what will have ended by the
-    time it is computed: whoever finds a short queue is let in, all of them at once.
+    Prefills are queued here or at workers. Above its class's SLO a request is refused, unless it is of the highest of
+    several classes; one of the lowest also above ``low_priority_threshold_s``. Nothing here knows how long this prompt
+    is, what is being prefilled elsewhere, or what will have ended by the time it lands.
     """
     early = _without_forecast(snapshot)
     if early is not None:
         return early
     own_class = snapshot.class_named(snapshot.request.service_class)
     queued = sum(work.requests for work in snapshot.queued)
+    queued += sum(worker.queued_requests + worker.in_flight_requests for worker in snapshot.workers)
     ttft_s = queued * snapshot.mean_prefill_s + snapshot.decode.running_decodes * snapshot.mean_decode_s
     pressure = ttft_s / own_class.ttft_slo_s
     level = degradation_level(
@@ -187,10 +188,10 @@ def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_
         batch wait  = max(0, running + requests ahead + 1 - max_running) / max_running * decode_lasts_s
 
     *TPOT*: a decode step of the batch at the moment when this prefill will end. Each running decode lasts
-    ``decode_lasts_s`` and they began evenly, so of ``running`` there are left ``running * (1 - own / decode_lasts_s)``,
-    ``own`` being the seconds of this prefill alone. To them come all requests ahead, those that land here, and this
-    one. That more decodes end while this request waits for others is left out on purpose: a longer queue must not make
-    anybody admissible.
+    ``decode_lasts_s`` and they began evenly, so of ``running`` are left ``running * (1 - own / decode_lasts_s)``, where
+    ``own`` are the seconds of this prefill alone, the shorter way. To them come all requests ahead, those that land
+    here, and this one. That more decodes end while this request waits for others is left out on purpose: a longer queue
+    must not make anybody admissible.
     """
     request, decode = snapshot.request, snapshot.decode
     ahead = work_ahead(snapshot, service_class)
@@ -201,21 +202,25 @@ def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_
         replace(decode, queued_requests=ahead.requests, queued_prefill_tokens=ahead.tokens),
         snapshot.workers,
     )
+    model = decode.decode
     alone_s = decode.prefill.seconds(new_tokens, prompt.cached_tokens)
     space_s = _space_wait_s(snapshot, ahead)
     local_s = local_ttft_s(seen) + space_s
     wait_s = local_s - alone_s
     remote_s = None
+    step_s = model.seconds(decode.running_decodes + 1, decode.decode_context_tokens)
     for worker in snapshot.workers:
-        if worker.healthy and request.prompt_tokens <= worker.max_prompt_tokens:
-            through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens) + space_s
-            remote_s = through_s if remote_s is None else min(remote_s, through_s)
+        if request.prompt_tokens > worker.max_prompt_tokens:
+            continue
+        through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens)
+        alone_s = min(alone_s, through_s - worker.queue_s - step_s)  # of all workers: a lost one is no excuse
+        if worker.healthy:
+            remote_s = through_s + space_s if remote_s is None else min(remote_s, through_s + space_s)
             wait_s = min(wait_s, worker.queue_s + space_s)
 
     left = max(0.0, 1.0 - alone_s / snapshot.decode_lasts_s) if snapshot.decode_lasts_s > 0 else 0.0
     batch = decode.running_decodes * left + ahead.requests + snapshot.landing_requests
     context = decode.decode_context_tokens * left + ahead.tokens + snapshot.landing_tokens
-    model = decode.decode
     tpot_s = model.base_s + model.per_request_s * (batch + 1)
     tpot_s += model.per_context_token_s * (context + request.prompt_tokens)
     return Forecast(local_s, remote_s, wait_s, tpot_s, alone_s, model.seconds(1, request.prompt_tokens))
