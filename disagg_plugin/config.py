@@ -333,8 +333,6 @@ def not_active_yet(settings: DisaggSettings) -> list[str]:
     found = []
     if settings.cache.reuse_prefix:
         found.append("cache.reuse_prefix: prefixes are reused within the engine's own prefix cache only")
-    if settings.qos.model_fields_set:
-        found.append("qos: no request is refused early")
     if settings.autoscale.model_fields_set:
         found.append("autoscale: no advice is given")
     return [f"accepted, not active yet: {line}" for line in found]

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
     "connectors/disagg_vllm",
     "disagg_plugin",
+    "disagg_plugin/admission",
     "disagg_plugin/control",
     "disagg_plugin/kv",
     "disagg_plugin/serving",

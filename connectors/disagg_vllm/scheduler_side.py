@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from disagg_plugin.admission.engine_queue import EngineQueue
+from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
@@ -17,11 +19,14 @@ from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
+from disagg_plugin.serving.latency import HERE
+from disagg_policies.admission_snapshots import ONLY_OFFLOAD
+from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
-from disagg_vllm.support import local_only_reason, unsupported_engine
+from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,6 +65,9 @@ class SchedulerSide:
         )
         self._spans = TransferSpans(active_tracer())
         self._journal.on_transfer_over(self._spans.transfer_over)
+        self._queue: EngineQueue | None = None
+        if settings.qos.enable_early_rejection:
+            self._queue, self.figures.engine_state = EngineQueue(), self._engine_state
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -89,6 +97,7 @@ class SchedulerSide:
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
+            by_priority=config.scheduler_config.policy == "priority",
         )
         self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
         service.start()
@@ -137,6 +146,8 @@ class SchedulerSide:
     def on_new_request(self, request: "Request") -> None:
         self.figures.request_came()
         self._spans.remember(request.request_id, request.trace_headers)
+        if self._queue is not None:
+            self._queue.arrived(request.request_id, request.num_prompt_tokens, request.priority)
         if self._prefill is None:
             return
         prompt_tokens = request.num_prompt_tokens
@@ -150,6 +161,8 @@ class SchedulerSide:
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
+        if self._queue is not None:
+            self._queue.cached(request.request_id, cached_tokens)
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
             return 0, False
         prompt = PromptView(
@@ -161,8 +174,11 @@ class SchedulerSide:
             cache_salt=request.cache_salt or "",
             lora=request.lora_request.lora_name if request.lora_request is not None else "",
             priority=request.priority,
+            only_offload=routing_of(request) == ONLY_OFFLOAD,
         )
         answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        if self._queue is not None:
+            self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
         match answer:
             case Claim(tokens):
                 return tokens, True
@@ -189,6 +205,8 @@ class SchedulerSide:
         """What this step computes: for the load, for the model of our own speed, and for what P exports."""
         for request_id in output.preempted_req_ids or ():
             self._load.preempted(request_id)
+            if self._queue is not None:
+                self._queue.preempted(request_id)
             if self._prefill is not None:
                 self._prefill.preempted(request_id)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
@@ -199,6 +217,8 @@ class SchedulerSide:
         for request_id, before in computed.items():
             after = before + output.num_scheduled_tokens[request_id]
             work = self._load.computes(request_id, before, after)
+            if self._queue is not None:
+                self._queue.computed(request_id, after)
             if work is not None and self._prefill is not None:
                 self._export(output, work, self._prefill)
             if work is not None and work.new_tokens > 1:
@@ -239,6 +259,8 @@ class SchedulerSide:
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
         self.figures.request_ended()
+        if self._queue is not None:
+            self._queue.finished(request.request_id)
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
@@ -269,6 +291,27 @@ class SchedulerSide:
         if self._service is not None:
             view |= self._service.figures()
         return view
+
+    def _engine_state(self) -> dict[str, Any] | None:
+        """What admission in the API servers is told."""
+        if self._queue is None:
+            return None
+        model, pool = self._load.model, self._block_pool
+        decode = DecodeState(
+            kv_usage=float(pool.get_usage()) if pool is not None else 0.0,
+            prefill=model.prefill(HERE),
+            decode=model.decode(),
+        )
+        scheduler = self._vllm_config.scheduler_config
+        workers = self._service.decode.workers() if self._service is not None and self._service.decode else ()
+        state = self._queue.state(
+            decode,
+            workers,
+            reorders=scheduler.policy == "priority",
+            kv_capacity_tokens=self._capacity_tokens() or None,
+            max_running=scheduler.max_num_seqs,
+        )
+        return to_plain(state)
 
     # -- inside ------------------------------------------------------------------------------------------------
 

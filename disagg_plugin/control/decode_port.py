@@ -14,10 +14,11 @@ class PromptView:
 
     Attributes:
         local_only: Why it must not be offloaded, or None.
-        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
+        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt).
         http_headers: The trace context, for the offload call.
         cache_salt, lora: Prefixes under another of these share nothing.
-        priority: As the engine counts; smaller is more urgent.
+        priority: As the engine counts; smaller is more urgent. Travels to workers that schedule by it.
+        only_offload: Wherever it can be offloaded, it is, however slow that is.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class PromptView:
     cache_salt: str = ""
     lora: str = ""
     priority: int = 0
+    only_offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class OfferCall:
     cached_tokens: int
     http_fields: tuple[tuple[str, object], ...]
     http_headers: tuple[tuple[str, str], ...] = ()
+    priority: int = 0
 
 
 class DecodePort(Protocol):

@@ -257,6 +257,7 @@ class DecodeSide:
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
                 http_headers=prompt.http_headers,
+                priority=prompt.priority,
             )
         )
         return NotYet()

@@ -25,6 +25,7 @@ from disagg_plugin.kv.commands import RankEndpoint
 from disagg_plugin.kv.geometry import KVGeometry
 
 PROTOCOL_VERSION = 1
+PRIORITY = "priority"  # feature of an engine that schedules by it: prompts may be sent with one
 MAX_MESSAGE_BYTES = 4 << 20  # libzmq drops larger ones silently at the receiver: refused at the sender
 
 

@@ -94,7 +94,13 @@ class OffloadDecisions:
         elif (measured := next((w.prefill for w in workers if w.prefill.samples), None)) is not None:
             decode = replace(decode, prefill=replace(measured, samples=0))  # likewise, the other way round
         return self._decider.decide(
-            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, priority=prompt.priority),
+            Prompt(
+                prompt.request_id,
+                len(prompt.token_ids),
+                cached_tokens,
+                priority=prompt.priority,
+                only_offload=prompt.only_offload,
+            ),
             decode,
             workers,
             self._port.overlap_tokens(hashes),

@@ -14,7 +14,7 @@ import aiohttp
 from disagg_plugin.config import TransferSettings
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted, PrefillEnded, PrefillFailed
-from disagg_plugin.control.messages import Accepted, Cancel, Offer, Refused
+from disagg_plugin.control.messages import PRIORITY, Accepted, Cancel, Offer, Refused, Welcome
 from disagg_plugin.control.offload_call import CompletionsDialect, post_prompt
 from disagg_plugin.control.worker_link import WorkerLink
 from disagg_plugin.errors import PeerLost, PeerRefused
@@ -123,6 +123,7 @@ class Offloads:
                     cached_tokens=call.cached_tokens,
                     deadline_s=self._settings.deadline_s,
                     codec=link.codec,
+                    priority=call.priority,
                 )
             )
             message = await asyncio.wait_for(answer, self._settings.offer_timeout_s)
@@ -154,7 +155,7 @@ class Offloads:
             model=link.welcome.model.served_name,
             token_ids=call.token_ids,
             transfer_id=call.transfer_id,
-            fields=call.http_fields,
+            fields=_with_priority(call, link.welcome),
         )
         try:
             await post_prompt(self._session, link.address, self._dialect, body, call.http_headers)
@@ -174,3 +175,10 @@ class Offloads:
             link.not_offered(call.transfer_id)
             link.failed(reason)
         return reason
+
+
+def _with_priority(call: OfferCall, welcome: Welcome) -> tuple[tuple[str, object], ...]:
+    """An engine that does not schedule by priority refuses the field, so only one that said it does is sent it."""
+    if call.priority == 0 or PRIORITY not in welcome.features:
+        return call.http_fields
+    return (*call.http_fields, ("priority", call.priority))

@@ -19,6 +19,7 @@ from disagg_plugin.control.compatibility import Party
 from disagg_plugin.control.io_thread import IoThread
 from disagg_plugin.control.keys import KeyRing
 from disagg_plugin.control.messages import (
+    PRIORITY,
     PROTOCOL_VERSION,
     AnyMessage,
     Hello,
@@ -45,6 +46,7 @@ class EngineFacts:
         prefix_capacity_tokens: KV tokens that its prefix cache can hold; 0: it keeps none.
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
+        by_priority: It schedules requests by priority.
     """
 
     model: ModelIdentity
@@ -53,6 +55,7 @@ class EngineFacts:
     max_prompt_tokens: int
     dp_rank: int = 0
     prefix_capacity_tokens: int = 0
+    by_priority: bool = False
 
 
 class ControlService:
@@ -173,7 +176,7 @@ class ControlService:
             self._settings,
             Welcome(
                 protocol=PROTOCOL_VERSION,
-                features=FEATURES,
+                features=(*FEATURES, PRIORITY) if facts.by_priority else FEATURES,
                 engine=self.engine,
                 epoch=self.epoch,
                 model=facts.model,

@@ -12,7 +12,7 @@ Reasons to stay, in the order in which they are looked at:
     deadline           the worker would be too late, this engine would not     (latency)
     local_faster       by the estimates                                        (latency)
 
-Reasons to go: ``over_threshold`` and ``remote_faster``.
+Reasons to go: ``over_threshold``, ``remote_faster``, and ``only_offload`` where admission degraded the request.
 """
 
 from collections.abc import Sequence
@@ -127,6 +127,8 @@ def latency(
         if not room:
             return Local("queue_full")
 
+    if prompt.only_offload:
+        return Offload(room, "only_offload")
     worker, overlap = _find(snapshot, room[0])
     local_s, harm_s = local_ttft_s(snapshot), decode_harm_s(snapshot)
     remote_s = remote_ttft_s(snapshot, worker, overlap, chunk_tokens=chunk_tokens)
