@@ -82,9 +82,10 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
 
 
 def test_long_prompts_spread_over_both_workers(trio: Trio) -> None:
+    """By seconds of work, so as far from 6 : 6 as the two speeds that were measured on shared cores are apart."""
     served = trio.served_by([prompt_of(1_500, seed=10 + i) for i in range(12)], at_the_same_time=True)
     assert served.total() == 12
-    assert min(served["p0"], served["p1"]) >= 4, "neither is left idle while the other queues"
+    assert min(served["p0"], served["p1"]) >= 2, "neither is left idle while the other queues"
 
 
 def test_a_repeated_prefix_goes_where_the_prefix_is(trio: Trio) -> None:
