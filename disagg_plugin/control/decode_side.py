@@ -29,6 +29,7 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
+from disagg_plugin.control.offload_call import transfer_id_in
 from disagg_plugin.kv.commands import (
     AbandonReceive,
     AddPeer,
@@ -45,11 +46,20 @@ RECENT_TRANSFERS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
+
+    worker: str
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptView:
     """A request as this role needs it.
 
     Attributes:
         local_only: Why it must not be offloaded, or None.
+        route: Set where the decision was made, and the prompt is posted, elsewhere.
         http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
     """
 
@@ -57,6 +67,7 @@ class PromptView:
     token_ids: Sequence[int]
     local_only: str | None = None
     http_fields: tuple[tuple[str, object], ...] = ()
+    route: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ Answer = PrefillLocally | NotYet | Claim
 
 @dataclass(frozen=True, slots=True)
 class OfferCall:
-    """An offload for the I/O thread: offer to ``workers`` in order, then post the prompt to who accepts."""
+    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
 
     transfer_id: bytes
     nonce: int
@@ -91,6 +102,7 @@ class OfferCall:
     token_ids: Sequence[int]
     cached_tokens: int
     http_fields: tuple[tuple[str, object], ...]
+    post: bool = True
 
 
 class DecodePort(Protocol):
@@ -306,6 +318,8 @@ class DecodeSide:
     def _decide(self, prompt: PromptView, cached_tokens: int) -> Answer:
         if prompt.local_only is not None:
             return self._stay_local(prompt.request_id, prompt.local_only)
+        if prompt.route is not None:
+            return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed")
         policy = self._settings.split_policy
         decision = offload.threshold(
             offload.Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens),
@@ -316,15 +330,19 @@ class DecodeSide:
         )
         if isinstance(decision, offload.Local):
             return self._stay_local(prompt.request_id, decision.reason)
-        self.decisions[decision.reason] += 1
+        return self._offer(prompt, cached_tokens, decision.workers, decision.reason)
+
+    def _offer(self, prompt: PromptView, cached_tokens: int, workers: tuple[str, ...], reason: str) -> Answer:
+        self.decisions[reason] += 1
+        route = prompt.route
         transfer = _Transfer(
             request_id=prompt.request_id,
-            transfer_id=secrets.token_bytes(16),
+            transfer_id=transfer_id_in(route.room) if route else secrets.token_bytes(16),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
             cached_tokens=cached_tokens,
             offered_s=self._clock(),
-            reason=decision.reason,
+            reason=reason,
             completed=True,
         )
         self._by_request[transfer.request_id] = transfer
@@ -334,10 +352,11 @@ class DecodeSide:
             OfferCall(
                 transfer_id=transfer.transfer_id,
                 nonce=transfer.nonce,
-                workers=decision.workers,
+                workers=workers,
                 token_ids=prompt.token_ids,
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
+                post=route is None,
             )
         )
         return NotYet()

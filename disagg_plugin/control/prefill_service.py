@@ -183,6 +183,7 @@ class PrefillService:
                 prompt_tokens=offer.prompt_tokens,
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
+                prompt_digest=offer.prompt_digest,
             )
         )
         self._awaited[offer.transfer_id] = self._clock() + self._settings.transfer.start_timeout_s

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -38,7 +39,7 @@ from disagg_plugin.control.messages import (
     Started,
     Welcome,
 )
-from disagg_plugin.control.offload_call import CompletionsDialect, post_prompt
+from disagg_plugin.control.offload_call import DIALECTS, post_prompt, prompt_digest
 from disagg_plugin.errors import PeerLost, PeerRefused
 from disagg_plugin.kv.commands import AddPeer
 from disagg_policies.offload import WorkerState
@@ -58,6 +59,11 @@ def wire_codec(choice: CodecChoice, worker_host: str, kv_dtype: str) -> str:
     if choice != "auto":
         return choice
     return "raw" if is_loopback(worker_host) else "int8"
+
+
+def same_host(one: str, other: str) -> bool:
+    """Whether two texts name one host; every name of this machine's loopback is the same."""
+    return one.lower() == other.lower() or (is_loopback(one) and is_loopback(other))
 
 
 @dataclass(slots=True)
@@ -107,7 +113,6 @@ class PrefillWorkers:
         self._events: deque[DecodeEvent] = deque()
         self._states: tuple[WorkerState, ...] = ()
         self._session: aiohttp.ClientSession | None = None
-        self._dialect = CompletionsDialect()
         self.counters: Counter[str] = Counter()
 
     # -- scheduler's thread ------------------------------------------------------------------------------------
@@ -123,6 +128,15 @@ class PrefillWorkers:
 
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self._post(self._cancel, transfer_id, peer, reason)
+
+    def worker_at(self, host: str, bootstrap_port: int) -> str | None:
+        """The configured worker that a router's request names; None if none fits or it is not there."""
+        for worker in list(self._workers.values()):
+            if worker.welcome is None or worker.welcome.bootstrap_port != bootstrap_port:
+                continue
+            if same_host(host, urlsplit(worker.settings.url).hostname or ""):
+                return worker.name
+        return None
 
     def drain(self) -> Iterable[DecodeEvent]:
         while self._events:
@@ -334,6 +348,7 @@ class PrefillWorkers:
                     cached_tokens=call.cached_tokens,
                     deadline_s=self._settings.transfer.deadline_s,
                     codec=codec,
+                    prompt_digest=0 if call.post else prompt_digest(call.token_ids),
                 )
             )
             message = await asyncio.wait_for(answer, self._settings.transfer.offer_timeout_s)
@@ -356,14 +371,18 @@ class PrefillWorkers:
         assert worker.welcome is not None
         worker.unstarted.add(call.transfer_id)
         self._events.append(PrefillAccepted(call.transfer_id, worker.name, accepted.eta_s))
-        body = self._dialect.body(
+        if not call.post:  # whoever routed the request posts it
+            worker.unstarted.discard(call.transfer_id)
+            return
+        dialect = DIALECTS[worker.welcome.kind]
+        body = dialect.body(
             model=worker.welcome.model.served_name,
             token_ids=call.token_ids,
             transfer_id=call.transfer_id,
             fields=call.http_fields,
         )
         try:
-            await post_prompt(self._session, worker.settings, self._dialect, body)
+            await post_prompt(self._session, worker.settings, dialect, body)
         except asyncio.CancelledError as cancelled:
             self._send(worker.name, Cancel(call.transfer_id, str(cancelled)))
             raise

@@ -21,6 +21,7 @@ from disagg_plugin.control.keys import KeyRing
 from disagg_plugin.control.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
+    EngineKind,
     Hello,
     ModelIdentity,
     Snapshot,
@@ -44,6 +45,7 @@ class EngineFacts:
     Attributes:
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
+        kind, bootstrap_port: See ``Welcome``.
     """
 
     model: ModelIdentity
@@ -51,6 +53,8 @@ class EngineFacts:
     endpoints: tuple[RankEndpoint, ...]
     max_prompt_tokens: int
     dp_rank: int = 0
+    kind: EngineKind = "vllm"
+    bootstrap_port: int = 0
 
 
 class ControlService:
@@ -163,6 +167,8 @@ class ControlService:
                 endpoints=facts.endpoints,
                 max_prompt_tokens=facts.max_prompt_tokens,
                 prefill_queue_max=self._settings.split_policy.prefill_queue_max,
+                kind=facts.kind,
+                bootstrap_port=facts.bootstrap_port,
             ),
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,
