@@ -12,89 +12,22 @@ decode step of D (the median gap between its tokens): the token that D computes 
 """
 
 import argparse
-import asyncio
-import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from engines import free_port, serving, vllm_command, vllm_env
+from engines import free_port
 from models import tiny
-
-from disagg_plugin.control.service import fetch_snapshot
-
-TOKENS_OUT = 6
-
-
-@dataclass
-class Timed:
-    """One streamed request; ``time.monotonic`` seconds."""
-
-    ttft_s: float
-    first_token_s: float
-    gaps_s: list[float] = field(default_factory=list)
-
-
-class Client:
-    """Streams completions and takes the time."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.http = httpx.Client(timeout=600)
-
-    def stream(self, url: str, prompt: list[int], started_s: float | None = None, **more: Any) -> Timed:
-        body = {"model": self.model, "prompt": prompt, "max_tokens": TOKENS_OUT, "temperature": 0, "stream": True}
-        body |= {"ignore_eos": True, **more}
-        started_s = started_s or time.monotonic()
-        arrivals: list[float] = []
-        with self.http.stream("POST", f"{url}/v1/completions", json=body) as response:
-            response.raise_for_status()
-            arrivals.extend(time.monotonic() for line in response.iter_lines() if line.startswith("data: {"))
-        gaps = [b - a for a, b in itertools.pairwise(arrivals)]
-        return Timed(arrivals[0] - started_s, arrivals[0], gaps)
-
-    def post(self, url: str, prompt: list[int], **more: Any) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": prompt, "temperature": 0, "ignore_eos": True, **more}
-        response = self.http.post(f"{url}/v1/completions", json=body)
-        response.raise_for_status()
-        reply: dict[str, Any] = response.json()
-        return reply
-
-
-def fresh_prompt(tokens: int) -> list[int]:
-    """No two prompts share a cached block."""
-    return random.choices(range(10, 40_000), k=tokens)
-
-
-def start(
-    stack: ExitStack, folder: Path, name: str, model: str, core: int, extra: list[str], env: dict[str, str]
-) -> str:
-    port = free_port()
-    stack.enter_context(
-        serving(
-            vllm_command(model, port, core=core, extra=extra),
-            f"http://127.0.0.1:{port}/health",
-            folder / f"{name}.log",
-            start_s=600,
-            env={**vllm_env(core=core), **env},
-        )
-    )
-    return f"http://127.0.0.1:{port}"
-
+from real_pair import Client, fresh_prompt, start, start_disagg_pair
 
 Measure = Callable[[list[int]], tuple[float, float | None]]
 
@@ -122,30 +55,12 @@ def interleaved(
 
 
 def disagg_pair(model: str, folder: Path, lengths: list[int], repeats: int) -> dict[str, Any]:
-    side = {"prefill": free_port(), "decode": free_port()}
     with ExitStack() as stack:
-        urls: dict[str, str] = {}
-        for core, role in enumerate(("prefill", "decode")):
-            settings: dict[str, Any] = {
-                "role": role,
-                "side_channel": {"port": side[role]},
-                "transfer": {"codec": "raw", "compile": False},
-                "split_policy": {"prompt_length_threshold": 0},
-            }
-            if role == "decode":
-                settings["prefill_workers"] = [{"url": urls["prefill"], "side_channel": f"127.0.0.1:{side['prefill']}"}]
-            config = folder / f"{role}.yaml"
-            config.write_text(yaml.safe_dump(settings))
-            flags = ["--kv-connector", "disagg", "--disagg-config", str(config)]
-            urls[role] = start(stack, folder, f"disagg-{role}", model, core, flags, {})
+        always = {"split_policy": {"prompt_length_threshold": 0}, "policy": {"offload": "threshold"}}
+        pair = start_disagg_pair(stack, folder, model, decode=always)
+        urls, view = pair.urls, pair.view
         client = Client(model)
         gaps: list[float] = []
-
-        def view(role: str) -> dict[str, Any]:
-            return asyncio.run(fetch_snapshot("127.0.0.1", side[role], None))
-
-        while not any(w["healthy"] for w in view("decode")["prefill_workers"]["workers"].values()):
-            time.sleep(0.2)
 
         def local(prompt: list[int]) -> float:
             return client.stream(urls["prefill"], prompt).ttft_s

@@ -8,20 +8,24 @@ user is one ``ConfigError`` of one line: file, field, value, what is allowed.
 
 import difflib
 import ipaddress
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self, get_args
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from disagg_plugin.autoscale_settings import AutoscaleSettings
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.plugins import PolicySettings, choose, load_plugins
+from disagg_plugin.qos_settings import QosSettings
+from disagg_plugin.settings_base import SettingsSection
+from disagg_plugin.settings_file import merge, one_line, read_mapping
 
 Role = Literal["prefill", "decode", "both"]
 CodecChoice = Literal["auto", "raw", "int8", "int8c"]
+Discover = Literal["static", "dns"]
 
 
 def is_loopback(host: str) -> bool:
@@ -32,20 +36,32 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class PrefillWorkerSettings(SettingsSection):
+    """One prefill engine, or all behind a DNS name, as decode engines reach them.
 
-
-class PrefillWorkerSettings(_Settings):
-    """One prefill engine, as its decode engines reach it."""
+    A plain text is short for one field: ``http://10.0.0.5:8000`` is a URL, ``prefill.default.svc:8000`` a name whose
+    every address is a prefill engine (``url: http://prefill.default.svc:8000``, ``discover: dns``).
+    """
 
     url: str = Field(description="Base URL of its OpenAI HTTP API, for example http://10.0.0.5:8000.")
     side_channel: str | None = Field(
         default=None, description="host:port of its side channel; default: the URL's host and side_channel.port."
     )
+    discover: Discover = Field(
+        default="static",
+        description="static: one engine at that URL. dns: one at each address that the URL's host name has, looked up "
+        "again every few seconds (a Kubernetes headless service).",
+    )
     api_key_env: str | None = Field(
         default=None, description="Environment variable that holds its API key, if it asks for one."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return {"url": value} if "://" in value else {"url": f"http://{value}", "discover": "dns"}
 
     @field_validator("url")
     @classmethod
@@ -68,6 +84,19 @@ class PrefillWorkerSettings(_Settings):
             _split_address(address)
         return address
 
+    @model_validator(mode="after")
+    def _a_name_to_look_up(self) -> Self:
+        if self.discover == "dns":
+            host = urlsplit(self.url).hostname or ""
+            if _is_address(host):
+                raise ValueError(f"discover: dns needs a name to look up, {host} is an address: leave discover out")
+            if self.side_channel is not None and _split_address(self.side_channel)[0] != host:
+                raise ValueError(
+                    f"side_channel {self.side_channel} must have the host of url, {host}: with discover: dns both are "
+                    "looked up together"
+                )
+        return self
+
     def side_channel_address(self, default_port: int) -> tuple[str, int]:
         """Where this worker's scheduler listens: ``side_channel``, or the URL's host and ``default_port``."""
         if self.side_channel is not None:
@@ -75,7 +104,7 @@ class PrefillWorkerSettings(_Settings):
         return urlsplit(self.url).hostname or "", default_port
 
 
-class SideChannelSettings(_Settings):
+class SideChannelSettings(SettingsSection):
     """The authenticated control channel between schedulers."""
 
     host: str = Field(default="127.0.0.1", description="Address to bind to; anything but loopback needs keys_dir.")
@@ -104,7 +133,7 @@ class SideChannelSettings(_Settings):
         return self
 
 
-class NixlSettings(_Settings):
+class NixlSettings(SettingsSection):
     """How NIXL is set up in each worker."""
 
     backend: str = Field(default="UCX", description="NIXL backend.")
@@ -116,7 +145,7 @@ class NixlSettings(_Settings):
     )
 
 
-class TransferSettings(_Settings):
+class TransferSettings(SettingsSection):
     """Chunks, slots, deadlines."""
 
     codec: CodecChoice = Field(default="auto", description="auto: raw on one host, int8 (guarded) between hosts.")
@@ -160,23 +189,50 @@ class TransferSettings(_Settings):
         return self
 
 
-class SplitPolicySettings(_Settings):
-    """When to offload."""
+class SplitPolicySettings(SettingsSection):
+    """Numbers of the built-in policies; ``disagg_policies`` has the formulas."""
 
     prompt_length_threshold: int = Field(
-        default=256, ge=0, description="Offload when more uncached prompt tokens than this."
+        default=256, ge=0, description="Offload when more uncached prompt tokens than this; see policy.offload."
     )
     prefill_queue_max: int = Field(default=32, ge=1, description="Queue length at which a prefill worker refuses.")
+    prefix_cache_weight: float = Field(default=10.0, ge=0, description="Placement: prefix that a worker holds.")
+    queue_length_weight: float = Field(default=1.5, ge=0, description="Placement: queued prefill tokens.")
+    decode_load_weight: float = Field(default=0.5, ge=0, description="Placement: KV usage.")
+    link_weight: float = Field(default=1.0, ge=0, description="Placement: speed of the wire.")
+    enable_hotspot_prevention: bool = Field(
+        default=True, description="Placement: a worker above its fair share loses its prefix bonus."
+    )
+    decode_harm_weight: float = Field(
+        default=0.1, ge=0, description="Seconds of TTFT that a second of stall of one running decode is worth."
+    )
+    offload_hysteresis: float = Field(
+        default=0.05, ge=0, lt=1, description="Share by which a worker has to win once prompts of that size stayed."
+    )
 
 
-class DisaggSettings(_Settings):
+class CacheSettings(SettingsSection):
+    """Reuse of prefixes."""
+
+    reuse_prefix: bool = Field(default=False, description="Ask LMCache for prefixes that this engine does not hold.")
+    min_cache_hit_ratio: float | None = Field(
+        default=None, gt=0, le=1, description="A prompt of which at least this share is cached stays; null: no limit."
+    )
+
+
+class DisaggSettings(SettingsSection):
     """Everything; stands in a YAML or JSON file, or under ``kv_connector_extra_config`` (vLLM)."""
 
     role: Role = Field(default="both", description="What this engine does for others: prefill, decode, or both.")
     prefill_workers: tuple[PrefillWorkerSettings, ...] = Field(
         default=(), description="Prefill engines that this decode engine may use."
     )
-    split_policy: SplitPolicySettings = Field(default=SplitPolicySettings(), description="When to offload.")
+    model: str | None = Field(default=None, description="Compared with the engine's served name: a warning, no more.")
+    split_policy: SplitPolicySettings = Field(default=SplitPolicySettings(), description="When to offload, and where.")
+    policy: PolicySettings = Field(default=PolicySettings(), description="Who decides.")
+    cache: CacheSettings = Field(default=CacheSettings(), description="Reuse of prefixes.")
+    qos: QosSettings = Field(default=QosSettings(), description="Early rejection and priorities.")
+    autoscale: AutoscaleSettings = Field(default=AutoscaleSettings(), description="Scaling advice.")
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
@@ -222,23 +278,17 @@ def load_settings(source: Path | Mapping[str, object], overrides: Mapping[str, o
     """
     values = read_mapping(source) if isinstance(source, Path) else source
     try:
-        return DisaggSettings.model_validate(merge(values, overrides or {}))
+        settings = DisaggSettings.model_validate(merge(values, overrides or {}))
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         origin = str(source) if isinstance(source, Path) else "settings"
         if overrides and _holds(overrides, first["loc"]):
             origin = f"settings over {origin}"
         more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{origin}: {_one_line(_describe(first))}{more}") from None
-
-
-def merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
-    """``base`` with the fields of ``overrides``; sections are merged field by field, lists are replaced."""
-    merged = dict(base)
-    for name, value in overrides.items():
-        below = merged.get(name)
-        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        raise ConfigError(f"{origin}: {one_line(_describe(first))}{more}") from None
+    if settings.role != "prefill":
+        choose(load_plugins(settings.policy), settings.policy)  # a policy that is not there is a mistake of today
+    return settings
 
 
 def warnings(settings: DisaggSettings) -> list[str]:
@@ -274,48 +324,21 @@ def warnings(settings: DisaggSettings) -> list[str]:
     return found
 
 
+def not_active_yet(settings: DisaggSettings) -> list[str]:
+    """What the settings say and this version does not do; one line each, to be shown by every start."""
+    found = []
+    if settings.cache.reuse_prefix:
+        found.append("cache.reuse_prefix: prefixes are reused within the engine's own prefix cache only")
+    if settings.qos.model_fields_set:
+        found.append("qos: no request is refused early")
+    if settings.autoscale.model_fields_set:
+        found.append("autoscale: no advice is given")
+    return [f"accepted, not active yet: {line}" for line in found]
+
+
 def settings_json_schema() -> dict[str, object]:
     """JSON schema of the settings file."""
     return DisaggSettings.model_json_schema()
-
-
-def read_mapping(path: Path) -> dict[str, object]:
-    """The mapping in a YAML or JSON file; an empty file is an empty mapping.
-
-    Raises:
-        ConfigError: The file cannot be read, is not well formed, or holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # a SafeLoader
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}: {error.msg}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{path}: {line}{_one_line(error.problem or 'not YAML')}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {_one_line(str(error))}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}: must hold fields and values")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _split_address(address: str) -> tuple[str, int]:
@@ -323,6 +346,14 @@ def _split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535 or "/" in address:
         raise ValueError("must be host:port, port 1 to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(error: ErrorDetails) -> str:
@@ -343,11 +374,11 @@ def _describe(error: ErrorDetails) -> str:
 def _suggest(loc: tuple[int | str, ...]) -> str:
     name = str(loc[-1])
     allowed = list(_model_at(loc[:-1]).model_fields)
+    sections = [section for section in DisaggSettings.model_fields if name in _model_at((section,)).model_fields]
+    if sections and name not in allowed:
+        return f"it stands under {' and '.join(sections)}"
     if close := difflib.get_close_matches(name, allowed, n=1):
         return f"did you mean {close[0]}?"
-    for section in DisaggSettings.model_fields:
-        if name in _model_at((section,)).model_fields and (section,) != loc[:-1]:
-            return f"it stands under {section}"
     return f"known here: {', '.join(allowed)}"
 
 
@@ -370,7 +401,3 @@ def _holds(values: object, loc: tuple[int | str, ...]) -> bool:
             return False
         values = values[part]
     return bool(loc)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

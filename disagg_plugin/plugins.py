@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pluggy
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from disagg_plugin import builtin_policies, hookspecs
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.settings_base import SettingsSection
 
 GROUP = "disagg"
 PREFIX = "disagg_"
@@ -42,10 +43,8 @@ Names = Annotated[
 ]
 
 
-class PolicySettings(BaseModel):
+class PolicySettings(SettingsSection):
     """Which policies decide; a list is asked in order, ``None`` of one leaves it to the next."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     offload: Names = Field(default=("latency",), description="Prefill here or elsewhere: latency, threshold, or yours.")
     placement: Names = Field(
@@ -121,11 +120,12 @@ def load_plugins(
         manager.register(plugin, name)
     for name, plugin in extra:
         register(manager, name, plugin)
-    entry_points = {entry_point.name: entry_point for entry_point in importlib.metadata.entry_points(group=GROUP)}
     for kind in HOOKS:
         for name in getattr(settings, kind):
-            if not _builtin(manager, kind, name) and not manager.has_plugin(name) and name in entry_points:
-                register(manager, name, _loaded(entry_points[name]))
+            if _builtin(manager, kind, name) or manager.has_plugin(name):
+                continue
+            for entry_point in importlib.metadata.entry_points(group=GROUP, name=name):
+                register(manager, name, _loaded(entry_point))
     if settings.module is not None and not manager.has_plugin(settings.module):
         register(manager, settings.module, _imported(settings.module))
     return manager

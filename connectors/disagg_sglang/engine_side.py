@@ -9,9 +9,10 @@ import logging
 import time
 from typing import Any
 
-from disagg_plugin.config import DisaggSettings
+from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
@@ -55,17 +56,27 @@ class EngineSide:
             max_prompt_tokens=min(int(model.context_len), capacity_tokens) - 1,
             kind="sglang",
             bootstrap_port=int(args.disaggregation_bootstrap_port) if settings.role == "prefill" else 0,
+            prefix_capacity_tokens=0 if args.disable_radix_cache else capacity_tokens,
         )
         self._service = service = ControlService(settings, facts, snapshot=self._snapshot)
         service.start()
         atexit.register(self.close)
+        self._load = LoadTracker()
+        self._forwards = 0
         self.fill: PromptFill | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
         if service.decode is not None:
             self._decode = DecodeSide(
-                settings, service.decode, engine=service.engine, kv_capacity_tokens=capacity_tokens
+                settings,
+                service.decode,
+                engine=service.engine,
+                kv_capacity_tokens=capacity_tokens,
+                load=self._load,
+                step_tokens=int(args.chunked_prefill_size)
+                if (args.chunked_prefill_size or 0) > 0
+                else DEFAULT_STEP_TOKENS,
             )
             self.fill = PromptFill(scheduler, self._decode, service.decode)
         if service.prefill is not None:
@@ -73,13 +84,15 @@ class EngineSide:
             self.export = PromptExport(
                 self._prefill,
                 service.prefill,
-                LoadTracker(),
+                self._load,
                 pages_wait_s=settings.transfer.start_timeout_s,
                 step=self.step,
                 kv_usage=lambda: 1.0 - self._free_tokens() / max(capacity_tokens, 1),
             )
             scheduler.disagg_prefill_bootstrap_queue.kv_manager.export = self.export
         self._busy = False
+        for line in not_active_yet(settings):
+            logger.warning("disagg: %s", line)
         logger.info(
             "disagg is active: role %s, side channel on %s:%d, %d prefill worker(s)",
             settings.role,
@@ -90,6 +103,7 @@ class EngineSide:
 
     def step(self) -> None:
         """One turn: commands to the data plane, what landed into the pool, what ended back to the role's half."""
+        self._load.step_ended(self._forwards)
         commands: list[Command] = []
         if self.fill is not None:
             commands += self.fill.commands()
@@ -109,13 +123,27 @@ class EngineSide:
             self.export.ended(report, done)
         self._let_others_run()
 
+    def batch_starts(self, batch: Any) -> None:
+        """A forward is about to be launched."""
+        self._forwards += 1
+        extends = batch.forward_mode.is_extend()
+        computed = [
+            (req.rid, int(req.prefix_len), int(req.extend_end)) if extends else (req.rid, req.seqlen - 1, req.seqlen)
+            for req in batch.reqs
+        ]
+        works = self._load.step_of(self._forwards, computed)
+        if self.export is not None:
+            self.export.batch_starts(works)
+
     @property
     def holds_pages(self) -> bool:
         """Whether requests wait, or pages are in use, that SGLang does not know of: it is not idle then."""
         return self.fill is not None and self.fill.open
 
     def close(self) -> None:
-        """End both threads; idempotent."""
+        """End our threads; idempotent."""
+        if self._decode is not None:
+            self._decode.close()
         self._service.close()
         self._plane.close()
 

@@ -47,6 +47,7 @@ IN_SCHEDULER = (
     Hook(f"{_SCHEDULER}.abort_request", "before", ("self", "recv_req"), "request_aborted"),
     Hook(f"{_SCHEDULER}.is_fully_idle", "after", ("self", "for_health_check", "ignore_waiting"), "asked_if_idle"),
     Hook(f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), "batch_starts"),
+    Hook(f"{_SCHEDULER}.flush_cache", "after", ("self", "empty_cache"), "cache_flushed"),
     Hook(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender",
         "after",
@@ -169,8 +170,13 @@ def asked_if_idle(result: bool, scheduler: Any, for_health_check: bool = False, 
 
 
 def batch_starts(scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-    if scheduler.disagg is not None and scheduler.disagg.export is not None:
-        scheduler.disagg.export.batch_starts(batch.reqs)
+    if scheduler.disagg is not None:
+        scheduler.disagg.batch_starts(batch)
+
+
+def cache_flushed(result: bool, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    if result and scheduler.disagg is not None and scheduler.disagg.export is not None:
+        scheduler.disagg.export.cache_reset()
 
 
 def sender_made(result: bool, _queue: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -29,8 +29,9 @@ from sglang.srt.disaggregation.base.conn import (
 )
 
 from disagg_plugin.control.load import LoadTracker
-from disagg_plugin.control.prefill_service import PrefillService
+from disagg_plugin.control.prefill_service import HeldPrompt, PrefillService
 from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import TransferError
 from disagg_plugin.kv.commands import Command, RankReport
 from disagg_plugin.kv.dataplane import Completions
@@ -72,20 +73,18 @@ class PromptExport:
             return None
         return self._prefill.new_request(sender.rid, transfer_id, len(sender.prompt), prompt=sender.prompt)
 
-    def batch_starts(self, reqs: Iterable[Any]) -> None:
-        """A forward that computes a part of these requests is about to be launched."""
-        tokens = 0
-        for req in reqs:
-            if (sender := self._senders.get(req.rid)) is not None:
+    def batch_starts(self, works: Iterable[PromptWork]) -> None:
+        """A forward that computes these parts of prompts is about to be launched."""
+        for work in works:
+            if (sender := self._senders.get(work.request_id)) is not None:
                 self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
-                tokens += self._load.computed(sender.rid, int(req.extend_end))
-        self._load.step_built(tokens)
         self._publish()
 
     def computed(self, sender: "DisaggKVSender") -> None:
         """More of the prompt stands in its pages; after the last of it SGLang must keep them while we read."""
         self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
         if sender.tokens >= len(sender.prompt):
+            self._service.holds(HeldPrompt(sender.prompt, sender.cache_salt))
             sender.holding = self._prefill.finished(sender.rid, completed=True)
         self.step()
 
@@ -99,8 +98,11 @@ class PromptExport:
 
     def commands(self) -> list[Command]:
         """For the data plane; called once a turn."""
-        self._load.step_ended()
         return self._prefill.step()
+
+    def cache_reset(self) -> None:
+        """The prefix cache is empty."""
+        self._service.cache_reset()
 
     def ended(self, report: RankReport, done: Completions) -> None:
         """What the data plane completed in this turn."""
@@ -146,6 +148,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
         self.bootstrap_room = bootstrap_room
         self.rid = ""
         self.prompt: list[int] = []
+        self.cache_salt = ""
         self.pages: tuple[int, ...] = ()
         self.tokens = 0
         self.holding = False
@@ -161,7 +164,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
 
     def bind(self, req: Any) -> None:
         """SGLang's constructor call says nothing of the request itself."""
-        self.rid, self.prompt = req.rid, req.origin_input_ids.tolist()
+        self.rid, self.prompt, self.cache_salt = req.rid, req.origin_input_ids.tolist(), req.cache_salt or ""
         self._export.arrived(self)
 
     def poll(self) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PrefillLocally, PromptView, Route
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.prefill_workers import PrefillWorkers
 from disagg_plugin.kv.commands import Command, RankReport
 from disagg_plugin.kv.dataplane import Completions
@@ -62,6 +63,7 @@ class PromptFill:
         self._workers = workers
         self._waiting: dict[str, _Waiting] = {}
         self._receiving: dict[str, _Receiving] = {}
+        self._running: dict[str, Any] = {}  # SGLang's again; until they end
         self._queued: list[tuple[Any, Any]] = []  # (request, lock on what it was given) until SGLang locks it itself
         self._unknown_routes: set[tuple[str, int]] = set()
 
@@ -72,13 +74,13 @@ class PromptFill:
 
     def take(self, req: Any, enqueue: Enqueue) -> bool:
         """True if the request waits here; ``enqueue`` is called when it need not any more."""
-        if req.rid in self._waiting or req.rid in self._receiving:
+        if req.rid in self._waiting or req.rid in self._receiving or req.rid in self._running:
             return False  # a client's second request under one id: SGLang's business
         cached_tokens, _ = self._match(req)
         waiting = _Waiting(req, self._view(req), enqueue, cached_tokens)
         answer = self._ask(waiting)
         if isinstance(answer, PrefillLocally):
-            self._decode.finished(req.rid)
+            self._running[req.rid] = req
             return False
         self._waiting[req.rid] = waiting
         if isinstance(answer, Claim):
@@ -91,7 +93,7 @@ class PromptFill:
             match self._ask(waiting):
                 case PrefillLocally():
                     del self._waiting[waiting.req.rid]
-                    self._decode.finished(waiting.req.rid)
+                    self._running[waiting.req.rid] = waiting.req
                     waiting.enqueue()
                 case Claim():
                     self._begin(waiting)
@@ -103,6 +105,10 @@ class PromptFill:
                 if id(req) not in still:
                     self._tree.unlock(lock)
             self._queued = [(req, lock) for req, lock in self._queued if id(req) in still]
+        for rid, req in list(self._running.items()):
+            if req.finished():
+                del self._running[rid]
+                self._decode.finished(rid)
         return self._decode.step()
 
     def ended(self, report: RankReport, done: Completions) -> None:
@@ -111,11 +117,13 @@ class PromptFill:
         for rid in done.received:
             self._decode.load_completed(rid)
             if (fill := self._receiving.pop(rid, None)) is not None:
-                self._decode.finished(rid)
                 self._insert(fill, done.invalid_block_ids)
 
     def abort(self, rid: str, *, everything: bool) -> None:
         """SGLang is about to abort what begins with ``rid``: show it what waits here, and give its KV up."""
+        for running in [known for known in self._running if everything or known.startswith(rid)]:
+            del self._running[running]
+            self._decode.finished(running)
         mine = [waiting.req for waiting in self._waiting.values()]
         mine += [fill.req for fill in self._receiving.values() if fill.enqueue is not None]
         for req in mine:
@@ -148,7 +156,15 @@ class PromptFill:
                 local_only = "unknown_bootstrap_host"
                 self._say_unknown(where)
         fields: list[tuple[str, object]] = [("cache_salt", req.cache_salt)] if req.cache_salt else []
-        return PromptView(req.rid, req.origin_input_ids.tolist(), local_only, tuple(fields), route)
+        return PromptView(
+            req.rid,
+            req.origin_input_ids.tolist(),
+            local_only,
+            tuple(fields),
+            cache_salt=req.cache_salt or "",
+            priority=req.priority or 0,
+            route=route,
+        )
 
     def _say_unknown(self, where: tuple[str, int]) -> None:
         if where not in self._unknown_routes:
@@ -212,6 +228,7 @@ class PromptFill:
             self._tree.unlock(fill.lock)
             return
         self._queued.append((fill.req, fill.lock))
+        self._running[fill.req.rid] = fill.req
         fill.enqueue()
 
 

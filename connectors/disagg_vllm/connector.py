@@ -135,7 +135,7 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         return self.worker.take_invalid_block_ids()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self.worker.report()
+        return self.worker.report(any_commands(self._connector_metadata).number)
 
     # -- both --------------------------------------------------------------------------------------------------
 

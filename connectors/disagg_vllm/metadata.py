@@ -14,22 +14,28 @@ from disagg_plugin.kv.geometry import KVGeometry
 
 @dataclass
 class StepCommands(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
-    """Scheduler → workers, with each step. ``computes``: the step runs a forward pass."""
+    """Scheduler → workers, with each step. ``computes``: the step runs a forward pass; ``number``: it grows."""
 
     commands: tuple[Command, ...] = ()
     computes: bool = False
+    number: int = 0
 
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped here
-    """Workers → scheduler, with each step: one report per rank."""
+    """Workers → scheduler, with each step: one report per rank that has news, and the step's number.
+
+    The number comes back because nothing else tells which step ended: engines overlap steps, and one that computes
+    nothing may or may not have an output.
+    """
 
     reports: tuple[RankReport, ...] = ()
+    number: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReports":
         """All ranks' reports of one step."""
         assert isinstance(other, StepReports)
-        return StepReports(self.reports + other.reports)
+        return StepReports(self.reports + other.reports, max(self.number, other.number))
 
 
 @dataclass

@@ -1,14 +1,18 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PromptView
+from disagg_plugin.config import DisaggSettings, not_active_yet
+from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
+from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
+from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command
 from disagg_vllm.identity import model_identity
@@ -35,6 +39,9 @@ class SchedulerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
         self._load = LoadTracker()
+        self._step = 0
+        self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
+        self._cache_map: object = None  # vLLM's; a new one each time it empties its prefix cache
         self._service: ControlService | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
@@ -65,19 +72,27 @@ class SchedulerSide:
             endpoints=tuple(r.endpoint for r in ordered if r.endpoint is not None),
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
+            prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
         )
         self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
         service.start()
         capacity = self._capacity_tokens()
         if service.decode is not None:
             self._decode = DecodeSide(
-                self._settings, service.decode, engine=service.engine, kv_capacity_tokens=capacity
+                self._settings,
+                service.decode,
+                engine=service.engine,
+                kv_capacity_tokens=capacity,
+                load=self._load,
+                step_tokens=config.scheduler_config.max_num_batched_tokens,  # the workers' are not known; mostly equal
             )
         if service.prefill is not None:
             self._prefill = PrefillSide(
                 self._settings, service.prefill, ranks=len(ordered), kv_capacity_tokens=capacity
             )
         self.inactive_reason = ""
+        for line in [*self._other_model(), *not_active_yet(self._settings)]:
+            logger.warning("disagg: %s", line)
         logger.info(
             "disagg is active: role %s, side channel on %s:%d, %d prefill worker(s)",
             self._settings.role,
@@ -89,6 +104,8 @@ class SchedulerSide:
             logger.warning("disagg: role decode without prefill_workers: every prompt is prefilled locally")
 
     def close(self) -> None:
+        if self._decode is not None:
+            self._decode.close()
         if self._service is not None:
             self._service.close()
             self._service = None
@@ -99,11 +116,13 @@ class SchedulerSide:
         if self._prefill is None:
             return
         prompt_tokens = request.num_prompt_tokens
-        self._load.arrived(request.request_id, prompt_tokens)
-        self._publish_load()
         transfer_id = transfer_id_of(request.kv_transfer_params)
-        if transfer_id is not None:
-            self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+        ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+        if ours or self._decode is None:  # else the decode role decides first whether it is computed here
+            self._load.arrived(request.request_id, prompt_tokens)
+        if (prompt := _held_prompt(request)) is not None:
+            self._prompts[request.request_id] = prompt
+        self._publish_load()
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
@@ -114,6 +133,9 @@ class SchedulerSide:
             token_ids=request.prompt_token_ids or (),
             local_only=local_only_reason(request),
             http_fields=_http_fields(request),
+            cache_salt=request.cache_salt or "",
+            lora=request.lora_request.lora_name if request.lora_request is not None else "",
+            priority=request.priority,
         )
         answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
         match answer:
@@ -129,30 +151,41 @@ class SchedulerSide:
             self._decode.allocated(request.request_id, block_ids, external_tokens)
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
+        self._step += 1
         commands: list[Command] = []
+        self._count_step(output)
         if self._prefill is not None:
-            self._export_step(output, self._prefill)
             commands += self._prefill.step()
         if self._decode is not None:
             commands += self._decode.step()
-        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0)
+        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0, number=self._step)
 
-    def _export_step(self, output: "SchedulerOutput", prefill: PrefillSide) -> None:
-        """Tell the prefill role what this step computes, from the engine's own block tables."""
+    def _count_step(self, output: "SchedulerOutput") -> None:
+        """What this step computes: for the load, for the model of our own speed, and for what P exports."""
         for request_id in output.preempted_req_ids or ():
-            prefill.preempted(request_id)
+            self._load.preempted(request_id)
+            if self._prefill is not None:
+                self._prefill.preempted(request_id)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        prefill_tokens = 0
-        for request_id, before in computed.items():
-            after = before + output.num_scheduled_tokens[request_id]
-            prefill_tokens += self._load.computed(request_id, after)
-            if prefill.is_ours(request_id):
-                (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
-                prefill.scheduled(request_id, after, block_ids)
-        self._load.step_built(prefill_tokens)
-        self._publish_load()
+        scheduled = output.num_scheduled_tokens
+        steps = ((request_id, before, before + scheduled[request_id]) for request_id, before in computed.items())
+        for work in self._load.step_of(self._step, steps):
+            if self._prefill is not None:
+                self._export(output, work, self._prefill)
+        if self._prefill is not None:
+            self._publish_load()
+
+    def _export(self, output: "SchedulerOutput", work: PromptWork, prefill: PrefillSide) -> None:
+        """Tell the prefill role what the step computes of one prompt, from the engine's own block tables."""
+        request_id = work.request_id
+        if prefill.is_ours(request_id):
+            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
+            prefill.scheduled(request_id, work.cached_tokens + work.new_tokens, block_ids)
+        if work.done and (prompt := self._prompts.pop(request_id, None)) is not None and self._service is not None:
+            assert self._service.prefill is not None
+            self._service.prefill.holds(prompt)
 
     def update(self, output: "KVConnectorOutput") -> None:
         """What the workers said, and which loads and sends the engine now takes as ended."""
@@ -162,7 +195,7 @@ class SchedulerSide:
                 self._decode.reports(reports.reports)
             if self._prefill is not None:
                 self._prefill.reports(reports.reports)
-        self._load.step_ended()
+            self._load.step_ended(reports.number)
         if self._decode is not None:
             for request_id in output.finished_recving or ():
                 self._decode.load_completed(request_id)
@@ -174,9 +207,10 @@ class SchedulerSide:
         """The request ended; True if its blocks must stay until the workers release them."""
         if self._decode is not None:
             self._decode.finished(request.request_id)
+        self._load.finished(request.request_id)
         if self._prefill is None:
             return False
-        self._load.finished(request.request_id)
+        self._prompts.pop(request.request_id, None)
         return self._prefill.finished(request.request_id, completed=completed)
 
     @property
@@ -189,9 +223,24 @@ class SchedulerSide:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
+    def _other_model(self) -> list[str]:
+        """A warning where the settings name another model than the engine serves."""
+        meant, config = self._settings.model, self._vllm_config.model_config
+        names = config.served_model_name or config.model
+        names = [names] if isinstance(names, str) else list(names)
+        if meant is None or meant in names:
+            return []
+        return [f"the settings are for model {meant!r}, this engine serves {', '.join(map(repr, names))}"]
+
     def _publish_load(self) -> None:
         if self._service is not None and self._service.prefill is not None:
-            usage = self._block_pool.get_usage() if self._block_pool is not None else 0.0
+            pool = self._block_pool
+            usage = pool.get_usage() if pool is not None else 0.0
+            cache_map = getattr(pool, "cached_block_hash_to_block", None)
+            if cache_map is not self._cache_map:
+                if self._cache_map is not None:
+                    self._service.prefill.cache_reset()
+                self._cache_map = cache_map
             self._service.prefill.publish(self._load.load(), usage)
 
     def _capacity_tokens(self) -> int:
@@ -203,7 +252,7 @@ class SchedulerSide:
         return int(self._block_pool.get_num_free_blocks()) * self._block_size
 
     def _snapshot(self) -> dict[str, object]:
-        view: dict[str, object] = {"inactive_reason": self.inactive_reason}
+        view: dict[str, object] = {"inactive_reason": self.inactive_reason, "load": asdict(self._load.load())}
         if self._block_pool is not None:
             view["kv"] = {
                 "free_blocks": self._block_pool.get_num_free_blocks(),
@@ -215,6 +264,14 @@ class SchedulerSide:
         if self._prefill is not None:
             view["prefill"] = self._prefill.snapshot()
         return view
+
+
+def _held_prompt(request: "Request") -> HeldPrompt | None:
+    """The prompt as both sides hash it, or None for one that is more than its token ids."""
+    if request.prompt_token_ids is None or request.mm_features:
+        return None
+    lora = request.lora_request.lora_name if request.lora_request is not None else ""
+    return HeldPrompt(request.prompt_token_ids, request.cache_salt or "", lora)
 
 
 def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:

@@ -104,8 +104,8 @@ class WorkerSide:
         return taken
 
     @_guarded(None)
-    def report(self) -> StepReports | None:
-        """The rank's report, or None while there is nothing to say: most steps of a busy engine are not ours."""
+    def report(self, number: int) -> StepReports | None:
+        """The end of step ``number``, and what the rank has to say: most steps of a busy engine are not ours."""
         if self._plane is None:
             return None
         report = self._plane.report()
@@ -115,9 +115,9 @@ class WorkerSide:
         )
         news = report.busy or any(happened)
         if not news and self._said_all:
-            return None
+            return StepReports((), number)
         self._said_all = not news  # one more report after the last news, so that gauges are seen at rest
-        return StepReports((report,))
+        return StepReports((report,), number)
 
     def close(self) -> None:
         if self._plane is not None:

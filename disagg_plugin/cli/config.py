@@ -12,9 +12,10 @@ from rich.table import Table
 from disagg_plugin import config as settings_module
 from disagg_plugin.cli._exit import mistakes_in_one_line
 from disagg_plugin.cli._model import MemoryPlan, geometry_of, plan_memory
-from disagg_plugin.config import DisaggSettings, load_settings, read_mapping, settings_json_schema
+from disagg_plugin.config import DisaggSettings, load_settings, not_active_yet, settings_json_schema
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.geometry import KVGeometry
+from disagg_plugin.settings_file import read_mapping
 
 app = typer.Typer(help="Check a settings file, or print its schema.", no_args_is_help=True)
 
@@ -40,6 +41,8 @@ def check(
     typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).rstrip())
     for line in [*settings_module.warnings(settings), *_problems_of_this_machine(settings)]:
         typer.echo(f"warning: {line}", err=True)
+    for line in not_active_yet(settings):
+        typer.echo(line, err=True)
     if geometry is not None and plan is not None:
         _print_plan(settings, geometry, plan, tp)
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg_plugin.cli._exit import mistakes_in_one_line
-from disagg_plugin.config import read_mapping
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.plugins import HOOKS, PolicySettings, choose, installed_policies, load_plugins
+from disagg_plugin.settings_file import read_mapping
 
 
 def policies(

@@ -15,13 +15,12 @@ A request is offered at most once: whatever fails, the next ``match`` says local
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.decode_port import Answer, Claim, DecodePort, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.decode_transfer import Arrival, Transfer
 from disagg_plugin.control.events import (
-    DecodeEvent,
     PeerJoined,
     PeerLeft,
     PrefillAccepted,
@@ -29,156 +28,31 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
+from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_in
+from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions
 from disagg_plugin.kv.commands import (
     AbandonReceive,
     AddPeer,
     Command,
     OpenReceive,
     RankReport,
-    ReceiveTiming,
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
-from disagg_policies import offload
+from disagg_plugin.serving.decision_record import DecisionRecord
+from disagg_policies.snapshots import Local
 
 RECENT_TRANSFERS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
-
-    worker: str
-    room: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptView:
-    """A request as this role needs it.
-
-    Attributes:
-        local_only: Why it must not be offloaded, or None.
-        route: Set where the decision was made, and the prompt is posted, elsewhere.
-        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
-    """
-
-    request_id: str
-    token_ids: Sequence[int]
-    local_only: str | None = None
-    http_fields: tuple[tuple[str, object], ...] = ()
-    route: Route | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLocally:
-    """The engine computes the prompt itself."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class NotYet:
-    """Ask again at the next step; nothing is held."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """``tokens`` beyond the cached ones will be delivered; allocate blocks for them."""
-
-    tokens: int
-
-
-Answer = PrefillLocally | NotYet | Claim
-
-
-@dataclass(frozen=True, slots=True)
-class OfferCall:
-    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
-
-    transfer_id: bytes
-    nonce: int
-    workers: tuple[str, ...]
-    token_ids: Sequence[int]
-    cached_tokens: int
-    http_fields: tuple[tuple[str, object], ...]
-    post: bool = True
-
-
-class DecodePort(Protocol):
-    """What the I/O thread offers to this role; every call returns at once."""
-
-    def workers(self) -> Sequence[offload.WorkerState]: ...
-    def offer(self, call: OfferCall) -> None: ...
-    def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None: ...
-    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None: ...
-    def drain(self) -> Iterable[DecodeEvent]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """What the ranks measured of one transfer, all ranks together; ``time.monotonic`` seconds."""
-
-    first_chunk_s: float
-    last_chunk_s: float
-    chunks: int  # of the rank with most
-    wire_bytes: int
-    raw_bytes: int
-    codecs: tuple[str, ...]
-
-    @classmethod
-    def of(cls, timing: ReceiveTiming) -> "_Arrival":
-        return cls(
-            timing.first_chunk_s,
-            timing.last_chunk_s,
-            timing.chunks,
-            timing.wire_bytes,
-            timing.raw_bytes,
-            timing.codecs,
-        )
-
-    def joined(self, other: "_Arrival") -> "_Arrival":
-        """Two ranks: the earliest first chunk, the latest last one, bytes of both."""
-        return _Arrival(
-            min(self.first_chunk_s, other.first_chunk_s),
-            max(self.last_chunk_s, other.last_chunk_s),
-            max(self.chunks, other.chunks),
-            self.wire_bytes + other.wire_bytes,
-            self.raw_bytes + other.raw_bytes,
-            tuple(sorted({*self.codecs, *other.codecs})),
-        )
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """One offloaded request."""
-
-    request_id: str
-    transfer_id: bytes
-    nonce: int
-    prompt_tokens: int
-    cached_tokens: int
-    offered_s: float
-    state: State = State.OFFERED
-    peer: str = ""
-    reason: str = "over_threshold"
-    failure: str = ""
-    eta_s: float = 0.0
-    accepted_s: float = 0.0
-    started_s: float = 0.0
-    ready_s: float = 0.0
-    landed_s: float = 0.0
-    first_token: int = 0
-    end_token: int = 0
-    held_tokens: int = 0
-    completed: bool = False  # the engine took the blocks back; True before anything was held
-    request_ended: bool = False  # the engine will not ask again
-    prefill_ended_s: float = 0.0
-    arrival: _Arrival | None = None
-
-
 class DecodeSide:
-    """Decisions and tickets of one decode engine's scheduler process."""
+    """Tickets of one decode engine's scheduler process; ``offload_decisions`` makes the decisions.
+
+    Args:
+        load: Of this engine, kept by its connector; told here of the prompts that stay.
+        step_tokens: Prompt tokens of one prefill step of a worker.
+    """
 
     def __init__(
         self,
@@ -187,15 +61,26 @@ class DecodeSide:
         *,
         engine: str,
         kv_capacity_tokens: int,
+        load: LoadTracker | None = None,
+        step_tokens: int = DEFAULT_STEP_TOKENS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._port = port
-        self._engine = engine
+        self._load = load or LoadTracker(clock)
+        self._decisions = OffloadDecisions(
+            settings,
+            port,
+            self._load,
+            engine=engine,
+            kv_capacity_tokens=kv_capacity_tokens,
+            step_tokens=step_tokens,
+            clock=clock,
+        )
         self._capacity_tokens = kv_capacity_tokens
         self._clock = clock
-        self._by_request: dict[str, _Transfer] = {}
-        self._by_transfer: dict[bytes, _Transfer] = {}
+        self._by_request: dict[str, Transfer] = {}
+        self._by_transfer: dict[bytes, Transfer] = {}
         self._local: dict[str, str] = {}
         self._commands: list[Command] = []
         self._peers: dict[str, AddPeer] = {}
@@ -221,14 +106,23 @@ class DecodeSide:
             return PrefillLocally(reason)
         transfer = self._by_request.get(prompt.request_id)
         if transfer is None:
-            return self._decide(prompt, cached_tokens)
+            return self._decide(prompt, cached_tokens, free_tokens)
         if transfer.state in OVER or transfer.state in LOADING:
-            return PrefillLocally(transfer.failure or "already_loaded")
+            return self._stay(prompt, cached_tokens, transfer.failure or "already_loaded")
         if self._clock() > self._wait_until_s(transfer):
-            self._abandon(transfer, Event.DEADLINE, f"timeout_{transfer.state.value}")
-            return PrefillLocally(transfer.failure)
+            # a started one waits for room here: that is not the worker's fault
+            self._abandon(
+                transfer,
+                Event.DEADLINE,
+                f"timeout_{transfer.state.value}",
+                blame=transfer.state is not State.STARTED,
+            )
+            return self._stay(prompt, cached_tokens, transfer.failure)
         if transfer.state is not State.STARTED:
             return NotYet()
+        if transfer.prompt_tokens - 1 <= cached_tokens:
+            self._abandon(transfer, Event.ABORT, "cached_meanwhile")
+            return self._stay(prompt, cached_tokens, transfer.failure)
         return self._claim(transfer, cached_tokens, free_tokens)
 
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
@@ -266,7 +160,7 @@ class DecodeSide:
         now = self._clock()
         for transfer in list(self._by_request.values()):
             if transfer.state in LOADING and now > transfer.offered_s + self._settings.transfer.deadline_s:
-                self._abandon(transfer, Event.DEADLINE, "timeout_deadline")
+                self._abandon(transfer, Event.DEADLINE, "timeout_deadline", blame=True)
         commands, self._commands = self._commands, []
         return commands
 
@@ -277,12 +171,12 @@ class DecodeSide:
                 self.rank_counters[report.rank] = report.counters
             for request_id, reason in report.receive_failed:
                 if (transfer := self._by_request.get(request_id)) is not None:
-                    self._abandon(transfer, Event.FAIL, reason)
+                    self._abandon(transfer, Event.FAIL, reason, blame=True)
             for timing in report.receive_timings:
                 if (transfer := self._by_request.get(timing.request_id)) is not None:
                     self.totals["wire_bytes"] += timing.wire_bytes
                     self.totals["raw_bytes"] += timing.raw_bytes
-                    arrival = _Arrival.of(timing)
+                    arrival = Arrival.of(timing)
                     transfer.arrival = transfer.arrival.joined(arrival) if transfer.arrival else arrival
 
     def load_completed(self, request_id: str) -> None:
@@ -297,12 +191,15 @@ class DecodeSide:
             transfer.state = advance(transfer.state, Event.COMPLETE)
             transfer.landed_s = self._clock()
             self.totals["landed"] += 1
+            self._decisions.landed(transfer)
+        transfer.record = None
         if transfer.request_ended:
             self._forget(transfer)
 
     def finished(self, request_id: str) -> None:
         """The request ended: served, or aborted in any state."""
         self._local.pop(request_id, None)
+        self._load.finished(request_id)
         transfer = self._by_request.get(request_id)
         if transfer is None:
             return
@@ -315,35 +212,43 @@ class DecodeSide:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _decide(self, prompt: PromptView, cached_tokens: int) -> Answer:
+    def _decide(self, prompt: PromptView, cached_tokens: int, free_tokens: int) -> Answer:
         if prompt.local_only is not None:
-            return self._stay_local(prompt.request_id, prompt.local_only)
+            self.decisions[prompt.local_only] += 1
+            return self._stay(prompt, cached_tokens, prompt.local_only)
         if prompt.route is not None:
-            return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed")
-        policy = self._settings.split_policy
-        decision = offload.threshold(
-            offload.Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens),
-            self._port.workers(),
-            prompt_length_threshold=policy.prompt_length_threshold,
-            prefill_queue_max=policy.prefill_queue_max,
-            decode_engine=self._engine,
+            return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed", None)
+        record = self._decisions.decide(
+            prompt,
+            cached_tokens,
+            free_tokens=free_tokens,
+            promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
         )
-        if isinstance(decision, offload.Local):
-            return self._stay_local(prompt.request_id, decision.reason)
-        return self._offer(prompt, cached_tokens, decision.workers, decision.reason)
+        decision = record.decision
+        if isinstance(decision, Local):
+            self.decisions[decision.reason] += 1
+            return self._stay(prompt, cached_tokens, decision.reason)
+        return self._offer(prompt, cached_tokens, decision.workers, decision.reason, record)
 
-    def _offer(self, prompt: PromptView, cached_tokens: int, workers: tuple[str, ...], reason: str) -> Answer:
+    def _offer(
+        self,
+        prompt: PromptView,
+        cached_tokens: int,
+        workers: tuple[str, ...],
+        reason: str,
+        record: DecisionRecord | None,
+    ) -> Answer:
         self.decisions[reason] += 1
-        route = prompt.route
-        transfer = _Transfer(
+        transfer = Transfer(
             request_id=prompt.request_id,
-            transfer_id=transfer_id_in(route.room) if route else secrets.token_bytes(16),
+            transfer_id=transfer_id_in(prompt.route.room) if prompt.route else secrets.token_bytes(16),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
             cached_tokens=cached_tokens,
             offered_s=self._clock(),
             reason=reason,
             completed=True,
+            record=record,
         )
         self._by_request[transfer.request_id] = transfer
         self._by_transfer[transfer.transfer_id] = transfer
@@ -356,21 +261,18 @@ class DecodeSide:
                 token_ids=prompt.token_ids,
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
-                post=route is None,
+                post=prompt.route is None,
             )
         )
         return NotYet()
 
-    def _stay_local(self, request_id: str, reason: str) -> PrefillLocally:
-        self.decisions[reason] += 1
-        self._local[request_id] = reason
+    def _stay(self, prompt: PromptView, cached_tokens: int, reason: str) -> PrefillLocally:
+        self._local[prompt.request_id] = reason
+        self._load.arrived(prompt.request_id, len(prompt.token_ids), cached_tokens)
         return PrefillLocally(reason)
 
-    def _claim(self, transfer: _Transfer, cached_tokens: int, free_tokens: int) -> Answer:
+    def _claim(self, transfer: Transfer, cached_tokens: int, free_tokens: int) -> Answer:
         tokens = transfer.prompt_tokens - 1 - cached_tokens
-        if tokens <= 0:
-            self._abandon(transfer, Event.ABORT, "cached_meanwhile")
-            return PrefillLocally(transfer.failure)
         budget = self._settings.transfer.held_kv_fraction * self._capacity_tokens
         alone = self._held_tokens == 0  # one transfer is always let in, or a long prompt would never be served
         if tokens + 1 > free_tokens or (not alone and self._held_tokens + tokens > budget):
@@ -378,7 +280,7 @@ class DecodeSide:
             return NotYet()
         return Claim(tokens)
 
-    def _wait_until_s(self, transfer: _Transfer) -> float:
+    def _wait_until_s(self, transfer: Transfer) -> float:
         limits = self._settings.transfer
         if transfer.state is State.OFFERED:
             # each of two workers may use up its time to answer
@@ -387,9 +289,12 @@ class DecodeSide:
             return transfer.accepted_s + limits.start_timeout_s + transfer.eta_s
         return transfer.offered_s + limits.deadline_s
 
-    def _abandon(self, transfer: _Transfer, event: Event, reason: str) -> None:
+    def _abandon(self, transfer: Transfer, event: Event, reason: str, *, blame: bool = False) -> None:
+        """Give a transfer up; ``blame``: its worker is to be used less."""
         if transfer.state in OVER:
             return
+        if blame and transfer.peer:
+            self._port.failed(transfer.peer, reason)
         loading = transfer.state in LOADING
         transfer.state = advance(transfer.state, event)
         transfer.failure = reason
@@ -399,12 +304,14 @@ class DecodeSide:
             self.fallbacks[reason] += 1
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))
+            if event is not Event.ABORT:  # the engine computes what is missing without asking again
+                self._load.arrived(transfer.request_id, transfer.prompt_tokens, transfer.first_token)
         self._port.cancel(transfer.transfer_id, transfer.peer, reason)
 
-    def _forget(self, transfer: _Transfer) -> None:
+    def _forget(self, transfer: Transfer) -> None:
         self._by_request.pop(transfer.request_id, None)
         self._by_transfer.pop(transfer.transfer_id, None)
-        self.recent.append(self._describe(transfer))
+        self.recent.append(transfer.row())
 
     def _drain(self) -> None:
         for event in self._port.drain():
@@ -426,7 +333,7 @@ class DecodeSide:
                             self._abandon(found, Event.FAIL, "protocol_error")
 
     def _progress(
-        self, transfer: _Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
+        self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
     ) -> None:
         now = self._clock()
         match event:
@@ -443,36 +350,21 @@ class DecodeSide:
             case PrefillEnded():
                 transfer.prefill_ended_s = now
 
-    def _describe(self, transfer: _Transfer) -> dict[str, object]:
-        return {
-            "request_id": transfer.request_id,
-            "transfer_id": transfer.transfer_id.hex(),
-            "state": transfer.state.value,
-            "peer": transfer.peer,
-            "reason": transfer.reason,
-            "failure": transfer.failure,
-            "prompt_tokens": transfer.prompt_tokens,
-            "first_token": transfer.first_token,
-            "end_token": transfer.end_token,
-            "offered_s": transfer.offered_s,
-            "accepted_s": transfer.accepted_s,
-            "started_s": transfer.started_s,
-            "ready_s": transfer.ready_s,
-            "landed_s": transfer.landed_s,
-            "prefill_ended_s": transfer.prefill_ended_s,
-            **(asdict(transfer.arrival) if transfer.arrival else {}),
-        }
-
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
         return {
             "decisions": dict(self.decisions),
+            **self._decisions.snapshot(),
             "fallbacks": dict(self.fallbacks),
             "totals": dict(self.totals),
-            "open": [self._describe(t) for t in list(self._by_request.values()) if t.state not in OVER],
+            "open": [t.row() for t in list(self._by_request.values()) if t.state not in OVER],
             "tracked_requests": len(self._by_request) + len(self._local),
             "held_tokens": self._held_tokens,
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
             "recent": list(self.recent),
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }
+
+    def close(self) -> None:
+        """Let the threads of other people's policies end."""
+        self._decisions.close()

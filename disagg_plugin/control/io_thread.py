@@ -43,6 +43,10 @@ class IoThread:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *args)
 
+    def later(self, delay_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Run ``callback()`` in the loop after ``delay_s``; loop thread only."""
+        return self._loop.call_later(delay_s, callback)
+
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that the loop keeps alive; loop thread only."""
         task = self._loop.create_task(coroutine)

@@ -8,8 +8,9 @@
           ◀──────────────────────────────────── Started      first chunk scheduled
     Ready ────────────────────────────────────▶  KV of [first_token, end_token) may be sent
     Cancel ◀──────────────────────────────────▶ Cancel       either side gives up
-    Heartbeat ────────────────────────────────▶
-          ◀──────────────────────────────────── LoadReport   answer to a heartbeat, and unasked when load changes
+    Heartbeat ────────────────────────────────▶              answered only by Rejected, if we do not know the sender
+          ◀──────────────────────────────────── LoadReport   unasked: after steps, every 20 to 500 ms
+    DigestRequest ────────────────────────────▶              a part of the prefix digest is missing: all of it, please
     SnapshotRequest ──────────────────────────▶
           ◀──────────────────────────────────── Snapshot     debug view, JSON text
 
@@ -152,13 +153,52 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
-    """I am alive, in this epoch; answered with a LoadReport."""
+    """I am alive, in this epoch."""
 
     epoch: int
 
 
+class PrefillSpeed(msgspec.Struct, frozen=True):
+    """What a prefill engine measured of its own prefills; ``disagg_policies.snapshots.PrefillModel`` has the formula.
+
+    Attributes:
+        samples: Prefills behind the numbers; with 0 they are guesses.
+        error: Mean relative error of its predictions.
+    """
+
+    base_s: float
+    per_token_s: float
+    per_pair_s: float
+    samples: int
+    error: float
+
+
+class DigestPart(msgspec.Struct, frozen=True):
+    """A piece of the prefixes that a prefill engine holds; ``control.digest_stream`` puts them together.
+
+    Attributes:
+        sequence: Of this pair of engines; one more than the part before, unless ``full``.
+        full: Forget every part before.
+        added, removed: Chunk hashes, 8 bytes each, little-endian.
+    """
+
+    sequence: int
+    full: bool
+    added: bytes
+    removed: bytes
+
+
 class LoadReport(Message, frozen=True, tag="load"):
-    """What a prefill engine says about itself; engine-neutral."""
+    """What a prefill engine says about itself; engine-neutral.
+
+    Attributes:
+        queued_requests: Waiting requests, and accepted prompts that have not arrived over HTTP yet: every offer that
+            was accepted before this report is counted in it.
+        queued_prefill_tokens: Prompt tokens of those, and what is left of the prompts under way.
+        kv_usage: Used share of the KV cache, 0 to 1.
+        prefill_tokens_per_s: Recent speed of steps that prefill.
+        digest: A part of its prefix digest, if there is news; several parts are several reports.
+    """
 
     epoch: int
     queued_requests: int
@@ -166,6 +206,12 @@ class LoadReport(Message, frozen=True, tag="load"):
     running_requests: int
     kv_usage: float
     prefill_tokens_per_s: float
+    prefill: PrefillSpeed | None = None
+    digest: DigestPart | None = None
+
+
+class DigestRequest(Message, frozen=True, tag="digest?"):
+    """A part of the prefix digest is missing here: send all of it."""
 
 
 class SnapshotRequest(Message, frozen=True, tag="snapshot?"):
@@ -190,6 +236,7 @@ AnyMessage = (
     | Cancel
     | Heartbeat
     | LoadReport
+    | DigestRequest
     | SnapshotRequest
     | Snapshot
 )

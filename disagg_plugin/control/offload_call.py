@@ -14,8 +14,8 @@ import aiohttp
 import msgspec
 import xxhash
 
-from disagg_plugin.config import PrefillWorkerSettings
 from disagg_plugin.control.messages import EngineKind
+from disagg_plugin.control.worker_directory import WorkerAddress
 from disagg_plugin.errors import PeerRefused
 
 PARAMS_KEY = "disagg"
@@ -61,7 +61,7 @@ class CompletionsDialect:
 
 
 class GenerateDialect:
-    """SGLang: ``/generate`` takes token ids verbatim; the three bootstrap fields mark a request as disaggregated."""
+    """SGLang: ``/generate`` takes token ids verbatim; the bootstrap fields mark a request as disaggregated."""
 
     path = "/generate"
     _KNOWN = frozenset({"cache_salt", "priority"})
@@ -115,9 +115,7 @@ def transfer_id_of(params: object) -> bytes | None:
         return None
 
 
-async def post_prompt(
-    session: aiohttp.ClientSession, worker: PrefillWorkerSettings, dialect: Dialect, body: bytes
-) -> None:
+async def post_prompt(session: aiohttp.ClientSession, worker: WorkerAddress, dialect: Dialect, body: bytes) -> None:
     """Post the prompt and wait for the prefill to end; cancelling the task closes the connection (stock abort).
 
     Raises:
@@ -127,7 +125,8 @@ async def post_prompt(
     headers = {"Content-Type": "application/json"}
     if worker.api_key_env and (key := os.environ.get(worker.api_key_env)):
         headers["Authorization"] = f"Bearer {key}"
-    async with session.post(worker.url.rstrip("/") + dialect.path, data=body, headers=headers) as response:
+    url = worker.url.rstrip("/") + dialect.path
+    async with session.post(url, data=body, headers=headers, server_hostname=worker.tls_name) as response:
         await response.read()
         if response.status != 200:
             raise PeerRefused(f"http_{response.status}")

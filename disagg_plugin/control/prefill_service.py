@@ -1,13 +1,15 @@
 """The prefill role's half of the side channel: answers handshakes and offers at once, inside the I/O thread."""
 
+import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.compatibility import Party, find_mismatch
+from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     PeerJoined,
     PeerLeft,
@@ -21,21 +23,37 @@ from disagg_plugin.control.messages import (
     Accepted,
     AnyMessage,
     Cancel,
+    DigestPart,
+    DigestRequest,
     Heartbeat,
     Hello,
     LoadReport,
     Offer,
+    PrefillSpeed,
     Ready,
     Refused,
     Rejected,
     Started,
     Welcome,
 )
+from disagg_plugin.control.prefix_digest import PrefixDigest
+from disagg_plugin.control.report_pacer import Later, ReportPacer
 from disagg_plugin.kv.commands import AddPeer
+from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
+from disagg_plugin.serving.prefix_index import MAX_CHUNKS
 
 logger = logging.getLogger(__name__)
 
-Send = Callable[[bytes, AnyMessage], None]
+Send = Callable[[bytes, AnyMessage], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPrompt:
+    """A prompt of which the engine has computed the KV; what its prefix hashes are made from."""
+
+    token_ids: Sequence[int]
+    salt: str = ""
+    lora: str = ""
 
 
 @dataclass(slots=True)
@@ -46,13 +64,27 @@ class _Peer:
     epoch: int
     identity: bytes
     heard_s: float
+    digest: DigestSender = field(default_factory=DigestSender)
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """An accepted prompt whose HTTP request was not seen yet."""
+
+    until_s: float
+    prompt_tokens: int
 
 
 class PrefillService:
     """Serves decode engines; implements :class:`disagg_plugin.control.prefill_side.PrefillPort`.
 
-    ``on_message`` and ``sweep`` run in the I/O thread; ``started``, ``cancel``, ``arrived``, ``publish`` and
-    ``drain`` may be called from the scheduler's thread.
+    ``on_message`` and ``sweep`` run in the I/O thread; ``started``, ``cancel``, ``arrived``, ``publish``, ``holds``,
+    ``cache_reset`` and ``drain`` are for the scheduler's thread: they only store, and wake the I/O thread at most once
+    a report. Prompts are hashed in the I/O thread.
+
+    Args:
+        later: Runs a call in the I/O thread after so many seconds.
+        kv_capacity_tokens: Of the engine's KV cache: what the digest may claim to hold; 0: it keeps no prefixes.
     """
 
     def __init__(
@@ -63,7 +95,9 @@ class PrefillService:
         *,
         send: Send,
         post: Callable[..., None],
+        later: Later,
         clock: Callable[[], float] = time.monotonic,
+        kv_capacity_tokens: int = 0,
     ) -> None:
         self._settings = settings
         self._welcome = welcome
@@ -73,8 +107,12 @@ class PrefillService:
         self._clock = clock
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
-        self._awaited: dict[bytes, float] = {}  # accepted, HTTP request not seen yet: transfer id -> until when
+        self._awaited: dict[bytes, _Awaited] = {}
         self._events: deque[PrefillEvent] = deque()
+        self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
+        self._capacity_chunks = min(kv_capacity_tokens // CHUNK_TOKENS, MAX_CHUNKS)
+        self._digest = PrefixDigest(self._capacity_chunks)
+        self._held: deque[HeldPrompt | None] = deque()  # None: the engine's prefix cache was reset
         self._load = Load()
         self._kv_usage = 0.0
         self._refuse_all = ""
@@ -85,6 +123,19 @@ class PrefillService:
     def publish(self, load: Load, kv_usage: float) -> None:
         """The load that the next offers are judged by."""
         self._load, self._kv_usage = load, kv_usage
+        if self._peers:
+            self._pacer.changed()
+
+    def holds(self, prompt: HeldPrompt) -> None:
+        """The engine has computed this prompt, offloaded or not: its prefixes are in the cache."""
+        if self._capacity_chunks and len(prompt.token_ids) >= CHUNK_TOKENS:
+            self._held.append(prompt)
+            self._pacer.changed()
+
+    def cache_reset(self) -> None:
+        """The engine has emptied its prefix cache."""
+        self._held.append(None)
+        self._pacer.changed()
 
     def started(self, transfer_id: bytes, peer: str) -> None:
         self._post(self._send_to, peer, Started(transfer_id))
@@ -124,8 +175,10 @@ class PrefillService:
                 # a peer that we dropped meanwhile, or never met in this epoch of ours, must say Hello again
                 if peer is None or peer.epoch != epoch:
                     self._send(identity, Rejected("unknown_peer", str(self._welcome.epoch), str(epoch)))
-                else:
-                    self._send(identity, self._report())
+            case DigestRequest() if peer is not None:
+                self.counters["digest_requests"] += 1
+                peer.digest.start_over()
+                self._pacer.soon()
             case _:
                 self.counters["unexpected_messages"] += 1
 
@@ -135,10 +188,25 @@ class PrefillService:
         for peer in list(self._peers.values()):
             if now - peer.heard_s > self._settings.side_channel.peer_timeout_s:
                 self._leave(peer, "peer_silent")
-        for transfer_id, until_s in list(self._awaited.items()):
-            if now > until_s:
+        for transfer_id, awaited in list(self._awaited.items()):
+            if now > awaited.until_s:
                 self._awaited.pop(transfer_id, None)
                 self._events.append(TicketCancelled(transfer_id, "prompt_never_came"))
+
+    def close(self) -> None:
+        """No more reports."""
+        self._pacer.stop()
+
+    def snapshot(self) -> dict[str, object]:
+        """The debug view."""
+        load = self._load
+        return {
+            **self.counters,
+            "peers": sorted(self._peers),
+            "awaited": len(self._awaited),
+            "digest_chunks": len(self._digest),
+            "load": {**asdict(load), "kv_usage": self._kv_usage},
+        }
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
         theirs = Party(hello.protocol, hello.model, hello.geometry, tensor_parallel=len(hello.endpoints))
@@ -167,6 +235,7 @@ class PrefillService:
             )
         )
         self._send(identity, self._welcome)
+        self._pacer.soon()
 
     def _offer(self, identity: bytes, peer: _Peer | None, offer: Offer) -> None:
         reason = self._refusal(peer, offer)
@@ -186,11 +255,13 @@ class PrefillService:
                 prompt_digest=offer.prompt_digest,
             )
         )
-        self._awaited[offer.transfer_id] = self._clock() + self._settings.transfer.start_timeout_s
+        load = self._load
+        eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
+        until_s = self._clock() + self._settings.transfer.start_timeout_s
+        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens)
         self.counters["accepted"] += 1
-        waiting = len(self._awaited) - 1
-        eta_s = self._load.eta_s + waiting * offer.prompt_tokens / self._load.prefill_tokens_per_s
         self._send(identity, Accepted(offer.transfer_id, eta_s))
+        self._pacer.soon()
 
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
@@ -203,15 +274,49 @@ class PrefillService:
             return "queue_full"
         return ""
 
-    def _report(self) -> LoadReport:
+    def _awaited_tokens(self) -> int:
+        return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])
+
+    # -- I/O thread: reports -----------------------------------------------------------------------------------
+
+    def _report_to_all(self) -> bool:
+        """One report to each decode engine, more while its part of the digest is large; whether there is any."""
+        self._hash_held()
+        delta = self._digest.take_delta()
+        for peer in self._peers.values():
+            parts = peer.digest.parts(delta, self._digest.full)
+            for part in itertools.chain([next(parts, None)], parts):
+                if not self._send(peer.identity, self._report(part)):
+                    peer.digest.start_over()  # it reads too slowly, or is gone
+                    break
+                self.counters["reports"] += 1
+        return bool(self._peers)
+
+    def _hash_held(self) -> None:
+        while self._held:
+            prompt = self._held.popleft()
+            if prompt is None:
+                self._digest.clear()
+                continue
+            try:
+                hashes = prefix_hashes(prompt.token_ids, salt=prompt.salt, lora=prompt.lora)
+            except (OverflowError, TypeError):  # no token ids: a placeholder of the engine's
+                self.counters["unhashable_prompts"] += 1
+                continue
+            self._digest.touch(hashes)
+
+    def _report(self, part: DigestPart | None) -> LoadReport:
         load = self._load
+        model = load.prefill
         return LoadReport(
             epoch=self._welcome.epoch,
             queued_requests=load.queued_requests + len(self._awaited),
-            queued_prefill_tokens=load.queued_prefill_tokens,
+            queued_prefill_tokens=load.queued_prefill_tokens + self._awaited_tokens(),
             running_requests=load.running_requests,
             kv_usage=self._kv_usage,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
+            digest=part,
         )
 
     def _leave(self, peer: _Peer, reason: str) -> None:

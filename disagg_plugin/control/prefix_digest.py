@@ -13,23 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DigestDelta:
-    """A change since the previous sequence number; ``full``: forget everything before."""
+    """A change since the previous one; ``full``: forget everything before."""
 
-    sequence: int
     full: bool
     added: tuple[int, ...]
     removed: tuple[int, ...]
 
 
 class PrefixDigest:
-    """Chunk hashes in the order of their last use; one writer, the scheduler's thread."""
+    """Chunk hashes in the order of their last use; all calls from one thread, P's I/O thread."""
 
     def __init__(self, capacity_chunks: int) -> None:
         self._capacity = max(1, capacity_chunks)
         self._chunks: OrderedDict[int, None] = OrderedDict()
         self._added: dict[int, None] = {}
         self._removed: dict[int, None] = {}
-        self._sequence = 0
+        self._cleared = False
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -57,17 +56,16 @@ class PrefixDigest:
         self._chunks.clear()
         self._added.clear()
         self._removed.clear()
-        self._sequence += 1
+        self._cleared = True
 
     def full(self) -> DigestDelta:
         """Everything, for a peer that knows nothing or missed something."""
-        return DigestDelta(self._sequence, True, tuple(self._chunks), ())
+        return DigestDelta(True, tuple(self._chunks), ())
 
     def take_delta(self) -> DigestDelta | None:
         """What changed since the last call, or None."""
-        if not self._added and not self._removed:
+        if not self._added and not self._removed and not self._cleared:
             return None
-        self._sequence += 1
-        delta = DigestDelta(self._sequence, False, tuple(self._added), tuple(self._removed))
-        self._added, self._removed = {}, {}
+        delta = DigestDelta(self._cleared, tuple(self._added), tuple(self._removed))
+        self._added, self._removed, self._cleared = {}, {}, False
         return delta

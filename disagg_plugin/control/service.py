@@ -43,6 +43,7 @@ class EngineFacts:
     """What this engine tells its peers about itself.
 
     Attributes:
+        prefix_capacity_tokens: KV tokens that its prefix cache can hold; 0: it keeps none.
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
         kind, bootstrap_port: See ``Welcome``.
@@ -53,6 +54,7 @@ class EngineFacts:
     endpoints: tuple[RankEndpoint, ...]
     max_prompt_tokens: int
     dp_rank: int = 0
+    prefix_capacity_tokens: int = 0
     kind: EngineKind = "vllm"
     bootstrap_port: int = 0
 
@@ -112,6 +114,8 @@ class ControlService:
         self._io.spawn(self._sweep())
 
     async def _close(self) -> None:
+        if self.prefill is not None:
+            self.prefill.close()
         if self.decode is not None:
             await self.decode.close()
         if self._server is not None:
@@ -133,9 +137,8 @@ class ControlService:
         elif self.prefill is not None:
             self.prefill.on_message(identity, message)
 
-    def _send(self, identity: bytes, message: AnyMessage) -> None:
-        if self._server is not None:
-            self._server.send(identity, message)
+    def _send(self, identity: bytes, message: AnyMessage) -> bool:
+        return self._server is not None and self._server.send(identity, message)
 
     def snapshot(self) -> dict[str, object]:
         """The debug view of the whole process."""
@@ -149,7 +152,7 @@ class ControlService:
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
         if self.prefill is not None:
-            view["prefill_service"] = dict(self.prefill.counters)
+            view["prefill_service"] = self.prefill.snapshot()
         if self.decode is not None:
             view["prefill_workers"] = self.decode.snapshot()
         return view
@@ -173,6 +176,8 @@ class ControlService:
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,
             post=self._io.post,
+            later=self._io.later,
+            kv_capacity_tokens=facts.prefix_capacity_tokens,
         )
 
     def _prefill_workers(self, facts: EngineFacts) -> PrefillWorkers:

@@ -48,6 +48,10 @@ class LatencyModel:
     def saw_prefill(self, worker: str, *, new_tokens: int, cached_tokens: int, seconds: float) -> None:
         """``worker`` computed ``new_tokens`` behind ``cached_tokens``."""
         pairs = new_tokens * (cached_tokens + new_tokens / 2)
+        self.saw_prefill_step(worker, new_tokens=new_tokens, pairs=pairs, seconds=seconds)
+
+    def saw_prefill_step(self, worker: str, *, new_tokens: int, pairs: float, seconds: float) -> None:
+        """The same for several prompts at once: the model is linear, so their tokens and pairs add up."""
         self._prefill_fit(worker).observe((1.0, float(new_tokens), pairs), seconds)
         self._sampled_s["prefill", worker] = self._clock()
 

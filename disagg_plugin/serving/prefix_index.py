@@ -3,15 +3,38 @@
 A set of workers is an ``int`` with one bit a worker. To look a prompt up, its leading chunks are walked and the sets
 intersected until nobody is left: the cost depends on the prompt's length alone, not on the number of workers or on
 how much they hold.
+
+One thread writes, another may look up meanwhile, without a lock. A lookup takes the map of workers to bits as it finds
+it and ignores bits beyond; single look-ups in a dict are whole. In the middle of an update it may find half of a
+delta, or a worker's chunks under the name that had its bit before: an estimate that is wrong once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 MAX_CHUNKS = 1 << 17  # a worker: 16M tokens of 128 a chunk; what it reports beyond is ignored
 
 
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """Which bit stands for which worker; replaced as a whole."""
+
+    slots: Mapping[str, int]
+    size: int
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Slots in the order in which a caller names its workers; ``size`` stands for one that never reported."""
+
+    workers: tuple[str, ...]
+    bits: _Bits
+    slots: tuple[int, ...]
+
+
 class PrefixIndex:
-    """Filled from the workers' digests; all calls from one thread.
+    """Filled from the workers' digests by one thread; ``overlap`` and ``overlap_tokens`` by one other at most.
 
     Memory is about 150 bytes for each chunk of each worker.
     """
@@ -19,7 +42,8 @@ class PrefixIndex:
     def __init__(self, *, max_chunks: int = MAX_CHUNKS) -> None:
         self._max_chunks = max_chunks
         self._holders: dict[int, int] = {}
-        self._slots: dict[str, int] = {}
+        self._bits = _Bits({}, 0, 0)
+        self._order = _Order((), self._bits, ())  # the reader's
         self._free: list[int] = []
         self._chunks: dict[str, set[int]] = {}
         self.ignored = 0
@@ -57,13 +81,15 @@ class PrefixIndex:
 
     def forget(self, worker: str) -> None:
         """The worker is gone or has restarted."""
-        slot = self._slots.pop(worker, None)
+        slots = dict(self._bits.slots)
+        slot = slots.pop(worker, None)
         if slot is None:
             return
-        self._free.append(slot)
+        self._bits = _Bits(slots, self._bits.size, self._bits.mask)
         bit = 1 << slot
         for chunk in self._chunks.pop(worker):
             self._clear(chunk, bit)
+        self._free.append(slot)
 
     def overlap(self, hashes: Sequence[int]) -> dict[str, int]:
         """Leading chunks of a prompt that each worker holds; a worker with none is missing.
@@ -71,41 +97,49 @@ class PrefixIndex:
         Args:
             hashes: The prompt's, from ``prefix_hash.prefix_hashes``.
         """
-        counts = self._matched(hashes)
-        return {worker: count for worker, slot in self._slots.items() if (count := counts[slot])} if counts else {}
+        bits = self._bits
+        counts = self._matched(bits, hashes, 1)
+        return {worker: count for worker, slot in bits.slots.items() if (count := counts[slot])} if counts else {}
 
     def overlap_tokens(self, hashes: Sequence[int], workers: Sequence[str], *, chunk_tokens: int) -> tuple[int, ...]:
         """The same in tokens and in the order of ``workers``, as a policy's snapshot wants it."""
-        counts = self._matched(hashes)
+        bits = self._bits
+        counts = self._matched(bits, hashes, chunk_tokens)
         if not counts:
             return (0,) * len(workers)
-        counts.append(0)  # of a worker that never reported
-        slots, nobody = self._slots, len(counts) - 1
-        return tuple([counts[slots.get(worker, nobody)] * chunk_tokens for worker in workers])
+        order = self._order
+        if order.bits is not bits or order.workers != workers:  # the same as last time, nearly always
+            slots = tuple([bits.slots.get(worker, bits.size) for worker in workers])
+            order = self._order = _Order(tuple(workers), bits, slots)
+        return tuple([counts[slot] for slot in order.slots])
 
-    def _matched(self, hashes: Sequence[int]) -> list[int]:
-        """Leading chunks by slot, or an empty list if nobody holds the first."""
+    def _matched(self, bits: _Bits, hashes: Sequence[int], each: int) -> list[int]:
+        """Leading chunks by slot, times ``each``, and a 0 behind; or an empty list if nobody holds the first."""
         if not hashes:
             return []
-        holders = self._holders
-        left = holders.get(hashes[0], 0)
+        holders = self._holders.get
+        left = holders(hashes[0], 0) & bits.mask
         if not left:
             return []
-        counts = [0] * (len(self._slots) + len(self._free))
-        for count, chunk in enumerate(hashes):
-            still = left & holders.get(chunk, 0)
+        counts = [0] * (bits.size + 1)
+        count = 0
+        for chunk in hashes:
+            still = left & holders(chunk, 0)
             if still != left:
                 _fill(counts, left ^ still, count)
                 left = still
                 if not left:
                     return counts
-        _fill(counts, left, len(hashes))
+            count += each
+        _fill(counts, left, count)
         return counts
 
     def _slot(self, worker: str) -> int:
-        if (slot := self._slots.get(worker)) is None:
-            slot = self._slots[worker] = self._free.pop() if self._free else len(self._slots)
+        if (slot := self._bits.slots.get(worker)) is None:
+            slot = self._free.pop() if self._free else self._bits.size
             self._chunks[worker] = set()
+            size = max(self._bits.size, slot + 1)
+            self._bits = _Bits({**self._bits.slots, worker: slot}, size, (1 << size) - 1)
         return slot
 
     def _clear(self, chunk: int, bit: int) -> None:

@@ -146,7 +146,7 @@ def _stayed(previous: PolicyState, prompt: Prompt) -> bool:
 
 
 def _with_room(names: tuple[str, ...], workers: Sequence[WorkerState], prefill_queue_max: int) -> tuple[str, ...]:
-    full = {w.worker for w in workers if w.queued_requests + w.in_flight_requests >= prefill_queue_max}
+    full = {w.worker for w in workers if w.requests >= prefill_queue_max}
     return tuple([name for name in names if name not in full]) if full else names
 
 

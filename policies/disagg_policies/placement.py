@@ -11,12 +11,12 @@ herd onto one idle worker.
 
 from collections.abc import Sequence
 
-from disagg_policies.snapshots import Link, Placement, Snapshot, WorkerState
+from disagg_policies.snapshots import Placement, Snapshot, WorkerState
 from disagg_policies.ties import seed, tie_breaker
 
 TIE = 1e-9  # scores are in [0, 1]; what differs by less is rounding
-RUNNING_SCALE = 16  # requests; a worker that runs as many counts as half busy
 UNLIMITED = 1 << 62
+TAKEN = float("-inf")
 
 
 def eligible(
@@ -38,10 +38,7 @@ def eligible(
     return [
         index
         for index, w in enumerate(workers)
-        if w.healthy
-        and w.reported_s >= oldest_s
-        and w.max_prompt_tokens >= prompt_tokens
-        and w.queued_requests + w.in_flight_requests < queue_max
+        if w.healthy and w.reported_s >= oldest_s and w.max_prompt_tokens >= prompt_tokens and w.requests < queue_max
     ]
 
 
@@ -89,12 +86,7 @@ def score(
     own comment says that on raw counts it makes a magnet for bursts.
     """
     n = max(1, snapshot.prompt.prompt_tokens)
-    workers = snapshot.workers
-    fit = set(
-        eligible(n, workers, now_s=snapshot.now_s, prefill_queue_max=prefill_queue_max, suspect_after_s=suspect_after_s)
-    )
-    if not fit:
-        return _nobody(snapshot, suspect_after_s)
+    workers, overlaps = snapshot.workers, snapshot.overlap_tokens
     work_s = n * snapshot.decode.prefill.per_token_s or TIE
     wire_tokens = snapshot.prompt.uncached_tokens
     total_weight = (prefix_cache_weight + queue_length_weight + decode_load_weight + link_weight) or 1.0
@@ -102,37 +94,34 @@ def score(
     queue_weight = queue_length_weight / total_weight * work_s
     half_decode_weight = decode_load_weight / total_weight / 2
     link_weight = link_weight / total_weight * work_s
+    oldest_s = snapshot.now_s - suspect_after_s
+    queue_max = UNLIMITED if prefill_queue_max is None else prefill_queue_max
+    others = len(workers) - 1
+    prevent = enable_hotspot_prevention and others > 0
+    total_s = sum([w.queue_s for w in workers]) if prevent and overlaps else 0.0
 
-    queues_s = [(w.queued_prefill_tokens + w.in_flight_tokens) / w.prefill_tokens_per_s for w in workers]
-    total_s, others = sum(queues_s), len(workers) - 1
-    link: Link | None = None
-    link_part = 0.0
+    # one pass and plain arithmetic: this loop is most of a decision's time
     scores: list[float] = []
-    names: list[str] = []
-    overlaps = snapshot.overlap_tokens or (0,) * len(workers)
-    for index, (w, queue_s, overlap) in enumerate(zip(workers, queues_s, overlaps, strict=True)):
-        if index not in fit:
+    add = scores.append
+    for w, overlap in zip(workers, overlaps or (0,) * len(workers), strict=True):
+        if not w.healthy or w.reported_s < oldest_s or w.max_prompt_tokens < n or w.requests >= queue_max:
+            add(TAKEN)  # not ``eligible``
             continue
-        if w.link is not link:  # workers often share one
-            link = w.link
-            wire_s = link.setup_s + wire_tokens * link.wire_bytes_per_token / link.bytes_per_s
-            link_part = link_weight / (work_s + wire_s)
-        running = w.running_requests
+        queue_s = w.queue_s
         value = (
-            queue_weight / (work_s + queue_s + n / w.prefill_tokens_per_s)
-            + half_decode_weight * (2.0 - w.kv_usage - running / (running + RUNNING_SCALE))
-            + link_part
+            queue_weight / (work_s + queue_s + n * w.s_per_token)
+            + half_decode_weight * (2.0 - w.busy)
+            + link_weight / (work_s + w.wire_setup_s + wire_tokens * w.wire_s_per_token)
         )
         if overlap:
             bonus = prefix_weight * overlap
-            if enable_hotspot_prevention and others:
+            if prevent:
                 fair_s = (total_s - queue_s) / others
                 if queue_s > fair_s:
                     bonus *= max(0.0, 1.0 - (queue_s - fair_s) / (fair_s + work_s))
             value += bonus
-        scores.append(value)
-        names.append(w.worker)
-    return _best(snapshot, names, scores, limit, "score")
+        add(value)
+    return _best(snapshot, scores, limit, "score") or _nobody(snapshot, suspect_after_s)
 
 
 def least_loaded(
@@ -148,7 +137,7 @@ def least_loaded(
 def by_load(request_id: str, decode_engine: str, workers: Sequence[WorkerState]) -> tuple[str, ...]:
     """Names, the least loaded first: queue in seconds, then requests, then the tie's hash."""
     tie = tie_breaker(request_id, decode_engine)
-    order = sorted(workers, key=lambda w: (w.queue_s, w.queued_requests + w.in_flight_requests, tie(w.worker)))
+    order = sorted(workers, key=lambda w: (w.queue_s, w.requests, tie(w.worker)))
     return tuple([w.worker for w in order])
 
 
@@ -202,21 +191,27 @@ def _nobody(snapshot: Snapshot, suspect_after_s: float) -> Placement:
     return Placement((), reason)
 
 
-def _best(snapshot: Snapshot, names: list[str], scores: list[float], limit: int, policy: str) -> Placement:
-    """The ``limit`` highest scores; those within ``TIE`` of a group's highest are ordered by hash."""
-    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+def _best(snapshot: Snapshot, scores: list[float], limit: int, policy: str) -> Placement | None:
+    """The ``limit`` highest scores; those within ``TIE`` of a group's highest are ordered by hash.
+
+    Args:
+        scores: Of the snapshot's workers; ``TAKEN`` for one that may not be asked.
+    """
+    workers = snapshot.workers
+    left = scores.copy()
     chosen: list[int] = []
-    at = 0
-    while at < len(order) and len(chosen) < limit:
-        floor = scores[order[at]] - TIE
-        end = at + 1
-        while end < len(order) and scores[order[end]] >= floor:
-            end += 1
-        if end - at > 1:
-            tie = tie_breaker(snapshot.prompt.request_id, snapshot.decode.engine)
-            chosen += sorted(order[at:end], key=lambda i: tie(names[i]))
-        else:
-            chosen.append(order[at])
-        at = end
+    while len(chosen) < limit and (top := max(left, default=TAKEN)) != TAKEN:
+        first = left.index(top)
+        left[first] = TAKEN
+        if max(left) < top - TIE:
+            chosen.append(first)
+            continue
+        group = [first, *(i for i, score in enumerate(left) if score >= top - TIE)]
+        tie = tie_breaker(snapshot.prompt.request_id, snapshot.decode.engine)
+        chosen += sorted(group, key=lambda i: tie(workers[i].worker))
+        for i in group:
+            left[i] = TAKEN
+    if not chosen:
+        return None
     del chosen[limit:]
-    return Placement(tuple([names[i] for i in chosen]), policy, tuple([scores[i] for i in chosen]))
+    return Placement(tuple([workers[i].worker for i in chosen]), policy, tuple([scores[i] for i in chosen]))

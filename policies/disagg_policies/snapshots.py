@@ -17,9 +17,10 @@ age is ``now_s - reported_s``. Times on one clock; no value is infinite or NaN, 
 logged decision can be replayed exactly. New fields get defaults.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 DEFAULT_TOKENS_PER_S = 1_000.0  # prefill speed assumed before anything was measured
+RUNNING_SCALE = 16  # requests; a worker that runs as many counts as half busy
 NOT_BY_SPEED = ("kv_budget", "deadline")  # reasons of decisions that carry estimates but did not follow them
 
 
@@ -120,8 +121,32 @@ class Prompt:
         return self.prompt_tokens - max(self.cached_tokens, self.lmcache_tokens)
 
 
+class _Derived:
+    """What follows from a ``WorkerState``'s fields, computed once: rows are made per report and read per decision.
+
+    No fields of the dataclass, so they are neither compared, nor shown, nor written to JSON; whoever makes an equal
+    row has equal ones.
+
+    Attributes:
+        queue_s: Seconds until the worker would start a prompt that arrives now.
+        requests: Waiting there, and offered since its report.
+        s_per_token: Seconds of prefill per prompt token, by its measured speed.
+        busy: Its decode and KV load, ``kv_usage + running / (running + 16)``, 0 to 2.
+        wire_setup_s, wire_s_per_token: Of its link.
+    """
+
+    __slots__ = ("busy", "queue_s", "requests", "s_per_token", "wire_s_per_token", "wire_setup_s")
+
+    queue_s: float
+    requests: int
+    s_per_token: float
+    busy: float
+    wire_setup_s: float
+    wire_s_per_token: float
+
+
 @dataclass(frozen=True, slots=True)
-class WorkerState:
+class WorkerState(_Derived):
     """One prefill worker as the decode engine knows it: its last report, and what D gave it since.
 
     Attributes:
@@ -156,13 +181,20 @@ class WorkerState:
     link: Link = Link()
 
     def __post_init__(self) -> None:
-        if not self.prefill_tokens_per_s > 0:  # NaN too
-            raise ValueError(f"prefill_tokens_per_s of {self.worker} is {self.prefill_tokens_per_s}: must be above 0")
+        speed, running, link = self.prefill_tokens_per_s, self.running_requests, self.link
+        if not speed > 0:  # NaN too
+            raise ValueError(f"prefill_tokens_per_s of {self.worker} is {speed}: must be above 0")
+        derive = object.__setattr__  # the only way in a frozen class
+        derive(self, "queue_s", (self.queued_prefill_tokens + self.in_flight_tokens) / speed)
+        derive(self, "requests", self.queued_requests + self.in_flight_requests)
+        derive(self, "s_per_token", 1.0 / speed)
+        derive(self, "busy", self.kv_usage + running / (running + RUNNING_SCALE))
+        derive(self, "wire_setup_s", link.setup_s)
+        derive(self, "wire_s_per_token", link.wire_bytes_per_token / link.bytes_per_s)
 
-    @property
-    def queue_s(self) -> float:
-        """Seconds until it would start a prompt that arrives now."""
-        return (self.queued_prefill_tokens + self.in_flight_tokens) / self.prefill_tokens_per_s
+    def __reduce__(self) -> tuple[type["WorkerState"], tuple[object, ...]]:
+        """Copies and pickles are made anew, so that nothing derived is missing."""
+        return WorkerState, tuple([getattr(self, field.name) for field in fields(self)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,14 +74,16 @@ class Engine:
         """The plugin's debug view of this engine."""
         return asyncio.run(fetch_snapshot("127.0.0.1", self.side_port, None, timeout_s=10.0))
 
-    def when(self, condition: Callable[[dict[str, Any]], bool], *, within_s: float = 30.0) -> dict[str, Any]:
+    def when(
+        self, condition: Callable[[dict[str, Any]], bool], *, within_s: float = 30.0, every_s: float = 0.1
+    ) -> dict[str, Any]:
         """The first snapshot that fulfils ``condition``; fails with the last one if none does in time."""
         view: dict[str, Any] = {}
-        for _ in range(int(within_s / 0.1)):
+        for _ in range(int(within_s / every_s)):
             view = self.snapshot()
             if condition(view):
                 return view
-            Event().wait(0.1)
+            Event().wait(every_s)
         raise AssertionError(f"not within {within_s} s: {json.dumps(view, indent=1)[:6000]}")
 
 

@@ -3,9 +3,9 @@
 Three starts here; the whole suite is allowed eight (CONTRIBUTING.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Plan:
     core: int
     settings: dict[str, Any] | None
     extra: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, stack: ExitStack, folder: Path) -> Engine:
         """Start the engine; ``stack`` ends it."""
@@ -60,7 +61,7 @@ class Plan:
                 f"http://127.0.0.1:{self.port}/health",
                 folder / f"{self.name}.log",
                 start_s=600,
-                env=vllm_env(core=self.core),
+                env={**vllm_env(core=self.core), **self.env},
             )
         )
         engine = Engine(f"http://127.0.0.1:{self.port}", str(self.model), side_port, process.pid)
@@ -93,6 +94,7 @@ def settings(role: str, side_port: int, **more: Any) -> dict[str, Any]:
         "role": role,
         "side_channel": {"port": side_port},
         "transfer": TRANSFER,
+        "policy": {"offload": "threshold"},  # what is to be offloaded must not depend on the machine's speed
         "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
         **more,
     }

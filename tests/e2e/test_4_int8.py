@@ -144,11 +144,8 @@ def test_the_offline_example_prefills_on_the_running_prefill_engine(
     before = settle(prefill)["prefill"]["totals"]["sent"]
     config = tmp_path / "disagg.yaml"
     worker = {"url": prefill.url, "side_channel": f"127.0.0.1:{prefill.side_port}"}
-    config.write_text(
-        yaml.safe_dump(
-            {"prefill_workers": [worker], "side_channel": {"port": free_port()}, "transfer": {"codec": "raw"}}
-        )
-    )
+    offline = {"prefill_workers": [worker], "side_channel": {"port": free_port()}, "transfer": {"codec": "raw"}}
+    config.write_text(yaml.safe_dump({**offline, "policy": {"offload": "threshold"}}))
     script = Path(__file__).parents[2] / "examples" / "03_offline" / "offline.py"
     done = subprocess.run(
         [sys.executable, str(script), prefill.model, str(config)],

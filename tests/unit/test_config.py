@@ -13,11 +13,12 @@ from disagg_plugin.config import (
     PrefillWorkerSettings,
     is_loopback,
     load_settings,
-    merge,
+    not_active_yet,
     settings_json_schema,
     warnings,
 )
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.settings_file import merge
 
 WORKER = {"url": "http://10.0.0.5:8000"}
 NEAR = {"url": "http://127.0.0.1:8001", "side_channel": "127.0.0.1:5601"}
@@ -67,7 +68,9 @@ def test_the_effective_settings_can_be_read_back() -> None:
             "settings: prefill_workers.0.api_key: unknown field; did you mean api_key_env?",
             id="misspelt field in a list, its value not shown",
         ),
-        pytest.param({"codec": "int8"}, "settings: codec: unknown field; it stands under transfer", id="wrong section"),
+        pytest.param(
+            {"codec": "int8"}, "settings: codec: unknown field; it stands under policy and transfer", id="wrong section"
+        ),
         pytest.param(
             {"nixl": {"zzz": 1}},
             "settings: nixl.zzz: unknown field; known here: backend, net_devices, progress_thread",
@@ -309,3 +312,41 @@ def test_every_field_is_described(model: type[BaseModel]) -> None:
 
 def test_the_schema_knows_every_section() -> None:
     assert settings_json_schema()["properties"].keys() == DisaggSettings.model_fields.keys()  # type: ignore[attr-defined]
+
+
+DYNAMO = Path(__file__).parents[2] / "examples" / "disagg.yaml"
+
+
+def test_the_form_that_users_of_dynamo_know_is_read_as_it_stands() -> None:
+    settings = load_settings(DYNAMO)
+    assert settings.model == "llama-70b"
+    split = settings.split_policy
+    assert (split.prompt_length_threshold, split.enable_hotspot_prevention) == (256, True)
+    assert (split.prefix_cache_weight, split.queue_length_weight, split.decode_load_weight) == (10.0, 1.5, 0.5)
+    assert settings.cache.min_cache_hit_ratio == 0.75
+    prefill, decode = settings.autoscale.prefill, settings.autoscale.decode
+    assert (prefill.min_replicas, prefill.max_replicas, decode.min_replicas, decode.max_replicas) == (4, 12, 8, 24)
+    assert (prefill.scale_up.queue_length, prefill.scale_up.gpu_utilization) == (8, 80)
+    assert (decode.scale_down.queue_length, decode.scale_down.kv_cache_usage) == (4, 30)
+    assert settings.qos.enable_early_rejection
+    assert settings.qos.low_priority_threshold_ms == 500
+
+
+def test_what_is_accepted_and_has_no_effect_yet_is_said() -> None:
+    sections = [line.split(": ")[1] for line in not_active_yet(load_settings(DYNAMO))]
+    assert sections == ["cache.reuse_prefix", "qos", "autoscale"]
+    assert not_active_yet(DisaggSettings()) == []
+
+
+def test_a_policy_that_is_not_there_is_refused_when_the_settings_are_read() -> None:
+    with pytest.raises(ConfigError, match=r"policy.offload = 'at_night': is not installed; there are latency, thresh"):
+        load_settings({"policy": {"offload": "at_night"}})
+    assert load_settings({"role": "prefill", "policy": {"offload": "at_night"}}), "it decides nothing there"
+
+
+def test_scaling_limits_that_would_flap_are_refused() -> None:
+    up_and_down = {"scale_up": {"queue_length": 4}, "scale_down": {"queue_length": 4}}
+    with pytest.raises(ConfigError, match=r"autoscale.prefill: scale_down.queue_length 4 is not below .* flap"):
+        load_settings({"autoscale": {"prefill": up_and_down}})
+    with pytest.raises(ConfigError, match=r"min_replicas 3 is above max_replicas 2"):
+        load_settings({"autoscale": {"decode": {"min_replicas": 3, "max_replicas": 2}}})

@@ -42,6 +42,13 @@ EVERY_MESSAGE: list[AnyMessage] = [
     messages.Cancel(b"id", "deadline"),
     HELLO,
     messages.LoadReport(1, 2, 3000, 4, 0.5, 1e4),
+    messages.LoadReport(
+        1,
+        *(2, 3000, 4, 0.5, 1e4),
+        prefill=messages.PrefillSpeed(0.01, 1e-4, 1e-9, 20, 0.1),
+        digest=messages.DigestPart(7, True, b"\xff" * 16, b""),
+    ),
+    messages.DigestRequest(),
     messages.SnapshotRequest(),
     messages.Snapshot('{"peers": [], "text": "Grüße"}'),
 ]

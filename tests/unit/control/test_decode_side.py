@@ -1,16 +1,14 @@
 """The decode role: what it answers the engine's scheduler, and that each offloaded request ends exactly once."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.control.decode_bench import LONG, PEER, Bench
 
-from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.events import (
-    DecodeEvent,
     PeerJoined,
     PeerLeft,
     PrefillAccepted,
@@ -18,72 +16,7 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
-from disagg_plugin.kv.commands import AbandonReceive, AddPeer, OpenReceive, RankReport, RemovePeer
-from disagg_policies.offload import WorkerState
-
-LONG = PromptView("r1", tuple(range(1_000)))
-ROOM = 100_000
-PEER = AddPeer("p:1", 1, (), 0, 8, receives=True)
-
-
-class FakePort:
-    """The I/O thread's side, without threads or sockets."""
-
-    def __init__(self) -> None:
-        self.states = [WorkerState("p:1", healthy=True, queued_requests=0, max_prompt_tokens=4_000)]
-        self.offers: list[OfferCall] = []
-        self.sent: list[tuple[str, ...]] = []
-        self.events: list[DecodeEvent] = []
-
-    def workers(self) -> Sequence[WorkerState]:
-        return self.states
-
-    def offer(self, call: OfferCall) -> None:
-        self.offers.append(call)
-
-    def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None:
-        self.sent.append(("ready", peer, f"{first_token}-{end_token}"))
-
-    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
-        self.sent.append(("cancel", peer, reason))
-
-    def drain(self) -> Iterable[DecodeEvent]:
-        events, self.events = self.events, []
-        return events
-
-
-class Bench:
-    """One decode side with a hand-driven clock."""
-
-    def __init__(self, capacity_tokens: int = 10_000) -> None:
-        self.now = 100.0
-        self.port = FakePort()
-        self.side = DecodeSide(
-            DisaggSettings(role="decode"),
-            self.port,
-            engine="d:1",
-            kv_capacity_tokens=capacity_tokens,
-            clock=lambda: self.now,
-        )
-
-    def match(self, prompt: PromptView = LONG, cached: int = 0, free: int = ROOM) -> object:
-        return self.side.match(prompt, cached, free_tokens=free)
-
-    @property
-    def transfer_id(self) -> bytes:
-        return self.port.offers[-1].transfer_id
-
-    def accepted(self, eta_s: float = 0.0) -> None:
-        self.port.events.append(PrefillAccepted(self.transfer_id, "p:1", eta_s))
-
-    def loading(self, prompt: PromptView = LONG) -> None:
-        """Bring a request to the point where its blocks wait for KV."""
-        assert self.match(prompt) == NotYet()
-        self.accepted()
-        claim = self.match(prompt)
-        assert isinstance(claim, Claim)
-        self.side.allocated(prompt.request_id, (1, 2, 3), claim.tokens)
-        self.side.step()
+from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, RankReport, RemovePeer
 
 
 def test_a_short_prompt_stays_local_and_is_decided_once() -> None:

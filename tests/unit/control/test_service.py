@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from disagg_plugin.config import DisaggSettings, load_settings
-from disagg_plugin.control.decode_side import Claim, DecodeSide, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import ModelIdentity
 from disagg_plugin.control.prefill_side import PrefillSide
@@ -85,7 +86,11 @@ class Pair:
     def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
         self.http = http
         self.port = free_port()
-        common = {"split_policy": {"prefill_queue_max": queue_max}, "transfer": {"offer_timeout_s": 0.5}}
+        common = {
+            "split_policy": {"prefill_queue_max": queue_max},
+            "policy": {"offload": "threshold"},
+            "transfer": {"offer_timeout_s": 0.5},
+        }
         channel = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
         p_settings = load_settings({"role": "prefill", "side_channel": {"port": self.port, **channel}, **common})
         worker = {"url": http.url, "side_channel": f"127.0.0.1:{self.port}"}

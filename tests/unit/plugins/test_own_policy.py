@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from own_policy import install_own_policy
 
 ROOT = Path(__file__).parents[3]
 DECIDES = """
@@ -27,12 +27,7 @@ print(json.dumps([(record.decision.reason, record.decided_by) for record in (idl
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``examples/own_policy``, built and installed into a folder, without the network."""
-    folder = tmp_path_factory.mktemp("own_policy")
-    source = shutil.copytree(ROOT / "examples" / "own_policy", folder / "source")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", folder / "site", source], check=True, timeout=120)
-    return folder / "site"
+    return install_own_policy(tmp_path_factory.mktemp("own_policy"))
 
 
 def python(installed: Path, *args: str) -> str:

@@ -53,8 +53,9 @@ def entry_point(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Pretend that a package with this entry point is installed."""
     found: list[importlib.metadata.EntryPoint] = []
 
-    def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
-        return [one for one in found if one.group == group]
+    def entry_points(*, group: str, name: str | None = None) -> list[importlib.metadata.EntryPoint]:
+        assert group == "disagg"
+        return [entry_point for entry_point in found if name in (None, entry_point.name)]
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     return lambda name, value: found.append(importlib.metadata.EntryPoint(name, value, "disagg"))

@@ -1,11 +1,16 @@
 """What policies are given survives JSON, and what they decide leaves the right trace."""
 
+import copy
+import pickle
+from dataclasses import asdict, replace
+
 import msgspec
 import pytest
 
 from disagg_policies.snapshots import (
     Decision,
     DecodeState,
+    Link,
     Local,
     Offload,
     Placement,
@@ -65,3 +70,14 @@ def test_prefill_seconds_follow_the_formula() -> None:
     model = PrefillModel(base_s=1.0, per_token_s=0.1, per_pair_s=0.01)
     assert model.seconds(10, 100) == pytest.approx(1 + 1 + 0.01 * 10 * 105)
     assert model.seconds(0, 100) == 0.0
+
+
+def test_what_follows_from_a_row_is_neither_compared_nor_written_nor_lost_in_copies() -> None:
+    row = WorkerState("p", True, 2, 8_000, 3_000, 16, 0.5, 1_500.0, in_flight_requests=1, link=Link(1e6, 0.01, 100.0))
+    assert (row.queue_s, row.requests, row.busy, row.wire_s_per_token) == (2.0, 3, 1.0, 1e-4)
+    assert "queue_s" not in repr(row)
+    assert "queue_s" not in asdict(row)
+    for again in (pickle.loads(pickle.dumps(row)), copy.deepcopy(row), replace(row)):
+        assert again == row
+        assert again.queue_s == row.queue_s
+    assert replace(row, in_flight_tokens=1_500).queue_s == 3.0

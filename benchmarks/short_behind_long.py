@@ -1,0 +1,86 @@
+"""Do short queries wait behind long ones? TTFT of 20-token prompts between bursts of 2,000-token prompts.
+
+    .venv/bin/python benchmarks/short_behind_long.py --json [--longs 12] [--shorts 60]
+
+The same arrivals, once at a disagg pair (the long ones are offloaded), once at a single stock engine, one after the
+other: ``longs`` prompts at once, then a short one every ``gap`` seconds while they are served. Tiny model, a core per
+engine; the pair has two engines where the single engine is one: that is what is compared.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from models import tiny
+from real_pair import Client, fresh_prompt, start, start_disagg_pair
+
+LONG_TOKENS, SHORT_TOKENS = 2_000, 20
+
+
+def burst(client: Client, url: str, options: argparse.Namespace) -> list[float]:
+    """TTFT of each short prompt, seconds, open loop."""
+    short_s: list[float] = []
+    with ThreadPoolExecutor(options.longs + options.shorts) as pool:
+        longs = [pool.submit(client.stream, url, fresh_prompt(LONG_TOKENS)) for _ in range(options.longs)]
+        beat = threading.Event()
+        shorts = []
+        for _ in range(options.shorts):
+            shorts.append(pool.submit(client.stream, url, fresh_prompt(SHORT_TOKENS), time.monotonic()))
+            beat.wait(options.gap_s)
+            if all(future.done() for future in longs):
+                break
+        short_s = [future.result().ttft_s for future in shorts]
+        for future in longs:
+            future.result()
+    return short_s
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "n": len(ordered),
+        "p50_s": statistics.median(ordered),
+        "p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--longs", type=int, default=12)
+    parser.add_argument("--shorts", type=int, default=100, help="at most; they end with the last long one")
+    parser.add_argument("--bursts", type=int, default=4)
+    parser.add_argument("--gap-s", type=float, default=0.05)
+    options = parser.parse_args()
+    model = str(tiny())
+    folder = Path(tempfile.mkdtemp(prefix="short-behind-long-"))
+    result: dict[str, Any] = {}
+    with ExitStack() as stack:
+        pair = start_disagg_pair(stack, folder, model, decode={})
+        measure = [("disagg", pair.urls["decode"])]
+        result["disagg"] = _measured(*measure[0], options, model)
+        result["decisions"] = pair.view("decode")["decode"]["decisions"]
+    with ExitStack() as stack:
+        url = start(stack, folder, "stock", model, 1, [], {})
+        result["stock"] = _measured("stock", url, options, model)
+    result["p99_ratio"] = result["disagg"]["p99_s"] / result["stock"]["p99_s"]
+    print(json.dumps(result))
+
+
+def _measured(name: str, url: str, options: argparse.Namespace, model: str) -> dict[str, float]:
+    client = Client(model)
+    burst(client, url, options)  # warm-up
+    found = quantiles([seconds for _ in range(options.bursts) for seconds in burst(client, url, options)])
+    print(f"{name:7} short prompts: TTFT p50 {1e3 * found['p50_s']:.0f} ms, p99 {1e3 * found['p99_s']:.0f} ms")
+    return found
+
+
+if __name__ == "__main__":
+    main()

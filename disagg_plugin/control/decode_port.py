@@ -1,0 +1,107 @@
+"""What the decode role and its surroundings say to each other: the engine's questions, our answers, the I/O thread."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from disagg_plugin.control.events import DecodeEvent
+from disagg_policies.snapshots import PrefillModel, WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
+
+    worker: str
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """A request as this role needs it.
+
+    Attributes:
+        local_only: Why it must not be offloaded, or None.
+        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
+        cache_salt, lora: Prefixes under another of these share nothing.
+        priority: As the engine counts; smaller is more urgent.
+        route: Set where the decision was made, and the prompt is posted, elsewhere.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    local_only: str | None = None
+    http_fields: tuple[tuple[str, object], ...] = ()
+    cache_salt: str = ""
+    lora: str = ""
+    priority: int = 0
+    route: Route | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLocally:
+    """The engine computes the prompt itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """Ask again at the next step; nothing is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """``tokens`` beyond the cached ones will be delivered; allocate blocks for them."""
+
+    tokens: int
+
+
+Answer = PrefillLocally | NotYet | Claim
+
+
+@dataclass(frozen=True, slots=True)
+class OfferCall:
+    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
+
+    transfer_id: bytes
+    nonce: int
+    workers: tuple[str, ...]
+    token_ids: Sequence[int]
+    cached_tokens: int
+    http_fields: tuple[tuple[str, object], ...]
+    post: bool = True
+
+
+class DecodePort(Protocol):
+    """What the I/O thread offers to this role; every call returns at once."""
+
+    def workers(self) -> tuple[WorkerState, ...]:
+        """Every prefill worker, healthy or not; the same tuple until something changes."""
+        ...
+
+    def overlap_tokens(self, hashes: Sequence[int]) -> tuple[int, ...]:
+        """Leading tokens of a prompt that each worker holds, in the order of ``workers``, or ()."""
+        ...
+
+    def offer(self, call: OfferCall) -> None: ...
+    def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None: ...
+    def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None: ...
+
+    def failed(self, peer: str, reason: str) -> None:
+        """A transfer that this worker had accepted came to nothing: it counts for its back-off."""
+        ...
+
+    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
+        """So long did so many bytes take, the KV of so many tokens."""
+        ...
+
+    def saw_overhead(self, peer: str, *, seconds: float) -> None:
+        """So much longer than its queue, prefill and transfer did an offload take."""
+        ...
+
+    def assume(self, prefill: PrefillModel) -> None:
+        """The speed to take for workers that have measured nothing yet; without, a slow guess would be never tested."""
+        ...
+
+    def drain(self) -> Iterable[DecodeEvent]: ...

@@ -1,0 +1,148 @@
+"""Feeds the policies with what this decode engine knows, and the latency models with what became of their answers."""
+
+import time
+from collections.abc import Callable
+
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.decode_port import DecodePort, PromptView
+from disagg_plugin.control.decode_transfer import Transfer
+from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.hookspecs import PolicyParameters
+from disagg_plugin.plugins import choose, load_plugins
+from disagg_plugin.serving.decision_record import DecisionRecord
+from disagg_plugin.serving.decisions import Decider
+from disagg_plugin.serving.latency import HERE
+from disagg_plugin.serving.prefix_hash import prefix_hashes
+from disagg_policies.estimates import remote_ttft_s
+from disagg_policies.snapshots import DecodeState, Prompt
+
+DEFAULT_STEP_TOKENS = 2048
+
+
+def parameters_of(settings: DisaggSettings, *, step_tokens: int) -> PolicyParameters:
+    """What the settings say to the policies.
+
+    Args:
+        step_tokens: Prompt tokens of one prefill step of a worker.
+    """
+    split = settings.split_policy
+    return PolicyParameters(
+        prompt_length_threshold=split.prompt_length_threshold,
+        prefill_queue_max=split.prefill_queue_max,
+        min_cache_hit_ratio=settings.cache.min_cache_hit_ratio,
+        prefix_cache_weight=split.prefix_cache_weight,
+        queue_length_weight=split.queue_length_weight,
+        decode_load_weight=split.decode_load_weight,
+        link_weight=split.link_weight,
+        enable_hotspot_prevention=split.enable_hotspot_prevention,
+        decode_harm_weight=split.decode_harm_weight,
+        offload_hysteresis=split.offload_hysteresis,
+        chunk_tokens=step_tokens,
+    )
+
+
+class OffloadDecisions:
+    """The decisions of one decode engine; all calls from the scheduler's thread, ``snapshot`` from any.
+
+    Args:
+        load: Of this engine, kept by its connector; the decode role tells it of prompts that stay.
+        kv_capacity_tokens: Size of the engine's KV cache.
+    """
+
+    def __init__(
+        self,
+        settings: DisaggSettings,
+        port: DecodePort,
+        load: LoadTracker,
+        *,
+        engine: str,
+        kv_capacity_tokens: int,
+        step_tokens: int = DEFAULT_STEP_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        policy = settings.policy
+        self._port = port
+        self._load = load
+        self._engine = engine
+        self._capacity_tokens = max(1, kv_capacity_tokens)
+        self._budget_tokens = int(settings.transfer.held_kv_fraction * kv_capacity_tokens)
+        self._step_tokens = step_tokens
+        self._decider = Decider(
+            choose(load_plugins(policy), policy),
+            parameters_of(settings, step_tokens=step_tokens),
+            bound_s=policy.hook_timeout_ms / 1e3,
+            log_interval_s=policy.log_interval_s,
+            clock=clock,
+        )
+
+    def decide(
+        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int
+    ) -> DecisionRecord:
+        """Here or elsewhere, and where.
+
+        Args:
+            free_tokens: Room in the engine's KV cache.
+            promised_tokens: KV that is held here for transfers, or will be.
+        """
+        hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
+        decode = self._state(free_tokens, promised_tokens)
+        if decode.prefill.samples:
+            self._port.assume(decode.prefill)
+        return self._decider.decide(
+            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, priority=prompt.priority),
+            decode,
+            self._port.workers(),
+            self._port.overlap_tokens(hashes),
+        )
+
+    def landed(self, transfer: Transfer) -> None:
+        """Learn from a transfer that went well."""
+        arrival, record = transfer.arrival, transfer.record
+        if arrival is not None and arrival.chunks > 1 and arrival.last_chunk_s > arrival.first_chunk_s:
+            # the first chunk's own way is not seen from here
+            later_bytes = arrival.wire_bytes * (arrival.chunks - 1) // arrival.chunks
+            self._port.saw_transfer(
+                transfer.peer,
+                wire_bytes=later_bytes,
+                seconds=arrival.last_chunk_s - arrival.first_chunk_s,
+                tokens=(transfer.end_token - transfer.first_token) * (arrival.chunks - 1) // arrival.chunks,
+            )
+        if record is None:
+            return
+        seen = record.snapshot
+        for index, worker in enumerate(seen.workers):
+            if worker.worker == transfer.peer:
+                overlap = seen.overlap_tokens[index] if seen.overlap_tokens else 0
+                expected_s = remote_ttft_s(seen, worker, overlap, chunk_tokens=self._step_tokens) - worker.overhead_s
+                decode = seen.decode
+                step_s = decode.decode.seconds(decode.running_decodes + 1, decode.decode_context_tokens)
+                took_s = transfer.landed_s - transfer.offered_s
+                self._port.saw_overhead(transfer.peer, seconds=took_s - (expected_s - step_s))
+
+    def snapshot(self) -> dict[str, object]:
+        """The debug view."""
+        return {
+            "decision_log": self._decider.rows(),
+            "policies": self._decider.status(),
+            "latency_model": self._load.model.snapshot(),
+        }
+
+    def close(self) -> None:
+        """Let the threads of other people's policies end."""
+        self._decider.close()
+
+    def _state(self, free_tokens: int, promised_tokens: int) -> DecodeState:
+        load = self._load.load()
+        model = self._load.model
+        return DecodeState(
+            engine=self._engine,
+            running_decodes=load.running_decodes,
+            decode_context_tokens=load.decode_context_tokens,
+            queued_requests=load.queued_requests,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            kv_usage=min(1.0, max(0.0, 1 - free_tokens / self._capacity_tokens)),
+            held_kv_tokens=promised_tokens,
+            held_kv_budget_tokens=self._budget_tokens,
+            prefill=model.prefill(HERE),
+            decode=model.decode(),
+        )

@@ -1,0 +1,411 @@
+"""The link to one prefill worker: handshake, health, what it reports, and what it was offered since; I/O thread.
+
+Health, as the debug snapshot names it:
+
+==============  ===================================================================================================
+connecting      nobody answers yet, or the connection was lost; retried for ever
+healthy         may be offered prompts
+suspect         connected, but its last load report is more than a second old: not offered anything
+backed_off      it failed offloads: not offered anything until a time, then one prompt as a probe
+silent          connected, but not a word for ``peer_timeout_s``: lost; introduced to again with every heartbeat
+refused         the keys, the model, the cache or the version do not fit
+ring_exhausted  no region of our landing ring is left for it
+leaving         its name's look-up does not list it any more; what is under way may end
+==============  ===================================================================================================
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+
+from disagg_plugin.config import CodecChoice
+from disagg_plugin.control.backoff import Backoff
+from disagg_plugin.control.channel import ChannelState, SideChannelClient
+from disagg_plugin.control.digest_stream import DigestFollower
+from disagg_plugin.control.events import DecodeEvent, PeerJoined, PeerLeft, PrefillFailed, PrefillStarted
+from disagg_plugin.control.messages import (
+    Accepted,
+    AnyMessage,
+    Cancel,
+    DigestPart,
+    DigestRequest,
+    Heartbeat,
+    Hello,
+    LoadReport,
+    Refused,
+    Rejected,
+    Started,
+    Welcome,
+)
+from disagg_plugin.control.received_load import ReceivedLoad
+from disagg_plugin.control.wire_cost import wire_bytes_per_token, wire_codec
+from disagg_plugin.control.worker_directory import WorkerAddress
+from disagg_plugin.errors import PeerLost
+from disagg_plugin.kv.commands import AddPeer
+from disagg_plugin.serving.latency import LatencyModel
+from disagg_plugin.serving.prefix_index import PrefixIndex
+from disagg_policies.snapshots import PrefillModel, WorkerState
+
+SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
+REPORTS_EVERY_S = 0.5  # at least, by P's promise
+DIGEST_ASK_AGAIN_S = 1.0
+NEWEST_SHARE = 0.2  # of the newest transfer in what a token takes on the wire
+
+logger = logging.getLogger(__name__)
+
+MakeClient = Callable[..., SideChannelClient]
+
+
+class Health(StrEnum):
+    """See the module's table."""
+
+    CONNECTING = "connecting"
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    BACKED_OFF = "backed_off"
+    SILENT = "silent"
+    REFUSED = "refused"
+    RING_EXHAUSTED = "ring_exhausted"
+    LEAVING = "leaving"
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all links of one decode engine share.
+
+    Attributes:
+        emit: Hands an event to the scheduler's thread.
+        changed: This link's row is another one now.
+        silent_after_s: A worker that says nothing for longer is lost.
+    """
+
+    clock: Callable[[], float]
+    latency: LatencyModel
+    index: PrefixIndex
+    counters: Counter[str]
+    emit: Callable[[DecodeEvent], None]
+    changed: Callable[["WorkerLink"], None]
+    codec: CodecChoice = "auto"
+    silent_after_s: float = 3.0
+    assumed: Callable[[], PrefillModel | None] = lambda: None
+
+
+@dataclass(slots=True)
+class _Offered:
+    """A prompt offered to the worker that no report of it counts yet."""
+
+    tokens: int
+    accepted: bool = False
+
+
+@dataclass(slots=True)
+class WorkerLink:
+    """One prefill worker; everything runs in the I/O thread."""
+
+    address: WorkerAddress
+    hello: Hello
+    around: Surroundings
+    row: WorkerState = field(init=False)
+    client: SideChannelClient | None = None
+    welcome: Welcome | None = None
+    health: Health = Health.CONNECTING
+    reason: str = ""
+    left_s: float | None = None  # since when its name does not list it
+    answers: dict[bytes, asyncio.Future[Accepted | Refused]] = field(default_factory=dict)
+    codec: str = field(init=False)
+    backoff: Backoff = Backoff()  # noqa: RUF009 - frozen
+    probe: bytes = b""  # transfer id
+    _epoch: int = 0  # of the process that was welcome last
+    _heard_s: float = 0.0
+    _load: ReceivedLoad = ReceivedLoad()  # noqa: RUF009 - frozen
+    _reported_s: float | None = None
+    _offered: dict[bytes, _Offered] = field(default_factory=dict)
+    _digest: DigestFollower = field(default_factory=DigestFollower)
+    _digest_asked_s: float = float("-inf")
+    _bytes_per_token: float | None = None  # measured
+
+    def __post_init__(self) -> None:
+        self.codec = wire_codec(self.around.codec, self.address.host, self.hello.geometry.dtype)
+        self.refresh()
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def connect(self, make_client: MakeClient) -> None:
+        """Begin to connect, for ever; returns at once."""
+        self.client = make_client(
+            host=self.address.host,
+            port=self.address.port,
+            identity=f"{self.hello.engine}#{self.hello.epoch}".encode(),
+            on_message=self.on_message,
+            on_state=self.on_state,
+        )
+        await self.client.start()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        if self.client is not None:
+            await self.client.close()
+
+    def send(self, message: AnyMessage) -> None:
+        """Hand a message over; one that does not get through shows as silence."""
+        if self.client is not None:
+            self.client.send(message)
+
+    def heartbeat(self) -> None:
+        """Say that we live, notice that it does not; called every heartbeat interval."""
+        if self.welcome is not None:
+            if self.around.clock() - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
+                self.lose(Health.SILENT, "peer_silent")
+            else:
+                self.send(Heartbeat(self.hello.epoch))
+        elif self.health is Health.SILENT:
+            self.send(self.hello)
+        self.refresh()
+
+    def lose(self, health: Health, problem: str) -> None:
+        """Nothing can be expected from it until it says Welcome again."""
+        had = self.welcome is not None
+        self.welcome, self.health, self.reason = None, health, problem
+        self._load, self._reported_s, self._digest = ReceivedLoad(), None, DigestFollower()
+        self._offered.clear()
+        self.around.index.forget(self.name)
+        for answer in self.answers.values():
+            if not answer.done():
+                answer.set_exception(PeerLost(problem))
+        if had:
+            self.around.counters[problem] += 1
+            logger.warning(
+                "disagg: prefill worker %s is lost (%s); its prompts are prefilled elsewhere", self.name, problem
+            )
+            self.around.emit(PeerLeft(self.name, problem))
+        self._changed()
+
+    # -- what comes from it ------------------------------------------------------------------------------------
+
+    def on_state(self, state: ChannelState, reason: str) -> None:
+        match state:
+            case ChannelState.UP:
+                self.health, self.reason = Health.CONNECTING, "handshake"
+                self.send(self.hello)
+            case ChannelState.AUTHENTICATION_FAILED:
+                self.around.counters["authentication_failed"] += 1
+                self.lose(Health.REFUSED, "authentication_failed")
+            case ChannelState.DOWN:
+                self.lose(Health.CONNECTING, "unreachable" if self.welcome is None else "peer_lost")
+            case ChannelState.CONNECTING:
+                pass
+        if reason:
+            logger.debug("disagg: side channel to %s: %s (%s)", self.name, state.name, reason)
+        self._changed()
+
+    def on_message(self, message: AnyMessage) -> None:
+        self._heard_s = self.around.clock()
+        match message:
+            case Welcome():
+                self._welcomed(message)
+            case Rejected(reason, theirs, ours):
+                self._rejected(reason, ours=ours, theirs=theirs)
+            case Accepted(transfer_id) | Refused(transfer_id):
+                if (offered := self._offered.get(transfer_id)) is not None and isinstance(message, Accepted):
+                    offered.accepted = True  # here, not where it is awaited: a report may follow at once
+                answer = self.answers.get(transfer_id)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case Started(transfer_id):
+                self.around.emit(PrefillStarted(transfer_id))
+            case Cancel(transfer_id, reason):
+                self.around.emit(PrefillFailed(transfer_id, reason))
+            case LoadReport():
+                self._reported(message)
+            case _:
+                self.around.counters["unexpected_messages"] += 1
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        if self.welcome is not None and self.welcome.epoch != welcome.epoch:
+            self.around.emit(PeerLeft(self.name, "peer_restarted"))
+        self.welcome, self.health, self.reason = welcome, Health.HEALTHY, ""
+        if welcome.epoch != self._epoch:  # another process: what the one before did wrong does not count
+            self._epoch, self.backoff, self.probe = welcome.epoch, Backoff(), b""
+        logger.info("disagg: prefill worker %s is ready (epoch %d)", self.name, welcome.epoch)
+        self.around.emit(
+            PeerJoined(
+                AddPeer(
+                    peer=self.name,
+                    epoch=welcome.epoch,
+                    endpoints=welcome.endpoints,
+                    region_first_slot=self.hello.region_first_slot,
+                    region_slots=self.hello.region_slots,
+                    receives=True,
+                )
+            )
+        )
+        self._changed()
+
+    def _rejected(self, reason: str, *, ours: str, theirs: str) -> None:
+        if reason == "unknown_peer":  # it restarted, or had given us up: introduce ourselves again
+            self.lose(Health.CONNECTING, "peer_restarted")
+            self.send(self.hello)
+            return
+        if self.reason != reason:
+            logger.warning(
+                "disagg: prefill worker %s refused this decode engine: %s differs, ours %s, theirs %s; "
+                "prompts are prefilled locally",
+                *(self.name, reason, ours, theirs),
+            )
+        self.around.counters[f"rejected_{reason}"] += 1
+        self.lose(Health.REFUSED, reason)
+
+    def _reported(self, report: LoadReport) -> None:
+        if self.welcome is None or report.epoch != self.welcome.epoch:
+            self.around.counters["stale_reports"] += 1
+            return
+        self._load = self._load.updated(report)
+        self._reported_s = self.around.clock()
+        # offers are answered and reports sent in one order: what was accepted before this report is counted in it
+        for transfer_id in [known for known, offered in self._offered.items() if offered.accepted]:
+            del self._offered[transfer_id]
+        if report.digest is not None:
+            self._follow(report.digest)
+        self._changed()
+
+    def _follow(self, part: DigestPart) -> None:
+        change = self._digest.take(part)
+        if change is None:
+            self.around.counters["digest_gaps"] += 1
+            if self.around.clock() - self._digest_asked_s >= DIGEST_ASK_AGAIN_S:
+                self._digest_asked_s = self.around.clock()
+                self.send(DigestRequest())
+        elif change.full:
+            self.around.index.replace(self.name, change.added)
+        else:
+            self.around.index.update(self.name, added=change.added, removed=change.removed)
+
+    # -- offers ------------------------------------------------------------------------------------------------
+
+    def may_ask(self) -> bool:
+        """Whether a prompt may be offered to it now."""
+        return self.welcome is not None and self.left_s is None and self.backoff.may_ask(self.around.clock())
+
+    def offered(self, transfer_id: bytes, tokens: int) -> None:
+        """A prompt of ours is, or is about to be, offered to it; idempotent."""
+        self._offered.setdefault(transfer_id, _Offered(tokens))
+        self._changed()
+
+    def asked(self, transfer_id: bytes) -> None:
+        """The offer goes out."""
+        self.backoff = self.backoff.asked(self.around.clock())
+        self.probe = transfer_id if self.backoff.probe_s is not None else b""
+        self._changed()
+
+    def not_offered(self, transfer_id: bytes) -> None:
+        """It refused, or was not asked after all, or the prompt was taken back."""
+        if self._offered.pop(transfer_id, None) is not None:
+            self._changed()
+
+    def call_ended(self, transfer_id: bytes) -> None:
+        """Nobody works on that offload any more; what was accepted stays counted until the next report counts it."""
+        offered = self._offered.get(transfer_id)
+        if offered is not None and not offered.accepted:
+            self.not_offered(transfer_id)
+
+    def undecided(self, transfer_id: bytes) -> None:
+        """An offload ended and says nothing about the worker."""
+        self.not_offered(transfer_id)
+        if transfer_id == self.probe:
+            self.backoff, self.probe = self.backoff.undecided(), b""
+            self._changed()
+
+    def failed(self, reason: str) -> None:
+        """An offload failed, and it is the worker's doing."""
+        before = self.backoff
+        self.backoff = before.failed(self.around.clock(), f"{self.hello.engine}|{self.name}")
+        if self.backoff is not before:
+            self.probe = b""
+            self.around.counters[f"backed_off_{reason}"] += 1
+            logger.log(
+                logging.WARNING if self.backoff.failures == 1 else logging.DEBUG,
+                "disagg: prefill worker %s failed an offload (%s, %d in a row); left alone for %.1f s",
+                *(self.name, reason, self.backoff.failures, self.backoff.until_s - self.around.clock()),
+            )
+            self._changed()
+
+    def succeeded(self) -> None:
+        """An offload went all the way."""
+        if self.backoff.probe_s is not None:
+            logger.info("disagg: prefill worker %s works again", self.name)
+        self.backoff, self.probe = self.backoff.succeeded(), b""
+
+    def arrived(self, *, wire_bytes: int, tokens: int) -> None:
+        """KV of so many tokens took so many bytes."""
+        if tokens > 0 and wire_bytes > 0:
+            measured = wire_bytes / tokens
+            before = self._bytes_per_token if self._bytes_per_token is not None else measured
+            self._bytes_per_token = before + NEWEST_SHARE * (measured - before)
+
+    # -- what decisions see ------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Make the row anew: something that it shows has changed, or time has passed."""
+        load = self._load.assuming(self.around.assumed())
+        latency, welcome = self.around.latency, self.welcome
+        per_token = self._bytes_per_token
+        if per_token is None:
+            geometry = welcome.geometry if welcome is not None else self.hello.geometry
+            per_token = wire_bytes_per_token(geometry, self.codec, ranks=len(self.hello.endpoints))
+        self.row = WorkerState(
+            worker=self.name,
+            healthy=self.may_ask(),
+            queued_requests=load.queued_requests,
+            max_prompt_tokens=welcome.max_prompt_tokens if welcome is not None else 0,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            running_requests=load.running_requests,
+            kv_usage=load.kv_usage,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            reported_s=self._reported_s or 0.0,
+            in_flight_requests=len(self._offered),
+            in_flight_tokens=sum([offered.tokens for offered in self._offered.values()]),
+            overhead_s=latency.overhead_s(self.name),
+            prefill=load.prefill,
+            link=latency.link(self.name, wire_bytes_per_token=per_token),
+        )
+
+    def _changed(self) -> None:
+        self.refresh()
+        self.around.changed(self)
+
+    def describe(self) -> dict[str, object]:
+        """The debug view."""
+        now_s = self.around.clock()
+        health, reason = self.health, self.reason
+        age_s = None if self._reported_s is None else now_s - self._reported_s
+        if self.left_s is not None:
+            health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
+        elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
+            probing = self.backoff.probe_s is not None
+            health = Health.BACKED_OFF
+            reason = "probing" if probing else f"{self.backoff.until_s - now_s:.1f} s left"
+        elif health is Health.HEALTHY and (age_s is None or age_s > SUSPECT_AFTER_S):
+            health, reason = Health.SUSPECT, "no load report" if age_s is None else f"load report {age_s:.1f} s old"
+        row = self.row
+        return {
+            "url": self.address.url,
+            "healthy": row.healthy and health is Health.HEALTHY,
+            "state": str(health),
+            "problem": reason,
+            "epoch": self.welcome.epoch if self.welcome is not None else 0,
+            "failures": self.backoff.failures,
+            "report_age_s": age_s,
+            "codec": self.codec,
+            "digest_chunks": self.around.index.chunks(self.name),
+            "digest_synced": self._digest.synced,
+            **{name: value for name, value in msgspec.to_builtins(row).items() if name not in ("worker", "healthy")},
+        }
