@@ -74,9 +74,7 @@ class EngineSide:
                 engine=service.engine,
                 kv_capacity_tokens=capacity_tokens,
                 load=self._load,
-                step_tokens=int(args.chunked_prefill_size)
-                if (args.chunked_prefill_size or 0) > 0
-                else DEFAULT_STEP_TOKENS,
+                step_tokens=max(int(args.chunked_prefill_size or 0), 0) or DEFAULT_STEP_TOKENS,
             )
             self.fill = PromptFill(scheduler, self._decode, service.decode)
         if service.prefill is not None:

@@ -105,10 +105,7 @@ class PromptFill:
                 if id(req) not in still:
                     self._tree.unlock(lock)
             self._queued = [(req, lock) for req, lock in self._queued if id(req) in still]
-        for rid, req in list(self._running.items()):
-            if req.finished():
-                del self._running[rid]
-                self._decode.finished(rid)
+        self._forget_ended()
         return self._decode.step()
 
     def ended(self, report: RankReport, done: Completions) -> None:
@@ -139,6 +136,16 @@ class PromptFill:
         return {"waiting": len(self._waiting), "receiving": len(self._receiving), "locked": len(self._queued)}
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _forget_ended(self) -> None:
+        """Of requests that it drops unserved SGLang says nothing; once it has none at all, they are gone."""
+        scheduler = self._scheduler
+        queued = scheduler.waiting_queue or scheduler.chunked_req or scheduler.grammar_manager.grammar_queue
+        none = not queued and scheduler.running_batch.is_empty() and scheduler.last_batch is None
+        for rid, req in list(self._running.items()):
+            if none or req.finished():
+                del self._running[rid]
+                self._decode.finished(rid)
 
     def _ask(self, waiting: _Waiting) -> PrefillLocally | NotYet | Claim:
         free_tokens = int(self._allocator.available_size() + self._tree.evictable_size())

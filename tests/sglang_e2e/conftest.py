@@ -97,6 +97,7 @@ def settings(side_port: int, **more: Any) -> dict[str, Any]:
         "side_channel": {"port": side_port},
         "transfer": TRANSFER,
         "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
+        "policy": {"offload": "threshold"},
         **more,
     }
 
