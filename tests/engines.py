@@ -115,20 +115,20 @@ def sglang_command(
     model: str,
     port: int,
     *,
-    core: int,  # noqa: ARG001  bound by sglang_env, as with vLLM
     extra: Sequence[str] = (),
+    python: str = sys.executable,
 ) -> list[str]:
-    """The command line of a small SGLang CPU engine; run by an interpreter that has SGLang."""
+    """The command line of a small SGLang CPU engine; ``python`` is an interpreter that has SGLang."""
     flags = (
         "--host 127.0.0.1 --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch "
         "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled --disable-overlap-schedule "
         "--skip-server-warmup --mem-fraction-static 0.1 --max-total-tokens 16384 --page-size 16 --watchdog-timeout 600"
     )
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
+    command = [python, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
     return [*command, *flags.split(), *extra]
 
 
-def sglang_env(*, core: int) -> dict[str, str]:  # noqa: ARG001  three processes, one thread of math: the kernel places it
+def sglang_env() -> dict[str, str]:
     """Its environment: offline, no CUDA, and stand-ins for what only images and CUDA need."""
     standins = Path(__file__).with_name("sglang_standins")
     return {

@@ -56,11 +56,11 @@ class Plan:
         model = str(tiny())
         process = stack.enter_context(
             serving(
-                sglang_command(model, self.port, core=0, extra=extra),
+                sglang_command(model, self.port, extra=extra),
                 f"{url}/health",
                 folder / f"{self.name}.log",
                 start_s=900,
-                env=sglang_env(core=0),
+                env=sglang_env(),
             )
         )
         engine = Engine(url, model, side_port, process.pid, self.bootstrap_port)
