@@ -27,6 +27,7 @@ TRANSFER = {
     "ring_max_bytes": 16 << 20,
     "stall_timeout_s": 15.0,
     "compile": False,
+    "guard_tokens": 256,
 }
 
 
