@@ -14,7 +14,7 @@ from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
-from disagg_plugin.control.step_times import PromptWork, StepWork
+from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
 from disagg_plugin.observability.journal import Journal
@@ -212,21 +212,14 @@ class SchedulerSide:
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        prompts: list[PromptWork] = []
-        decodes = context_tokens = 0
-        for request_id, before in computed.items():
-            after = before + output.num_scheduled_tokens[request_id]
-            work = self._load.computes(request_id, before, after)
-            if self._queue is not None:
-                self._queue.computed(request_id, after)
-            if work is not None and self._prefill is not None:
+        scheduled = output.num_scheduled_tokens
+        if self._queue is not None:
+            for request_id, before in computed.items():
+                self._queue.computed(request_id, before + scheduled[request_id])
+        steps = ((request_id, before, before + scheduled[request_id]) for request_id, before in computed.items())
+        for work in self._load.step_of(self._step, steps):
+            if self._prefill is not None:
                 self._export(output, work, self._prefill)
-            if work is not None and work.new_tokens > 1:
-                prompts.append(work)
-            else:  # one token costs what a decode costs, also a prompt's last one behind KV that came from elsewhere
-                decodes += 1
-                context_tokens += after
-        self._load.step_built(self._step, StepWork(tuple(prompts), decodes, context_tokens))
         if self._prefill is not None:
             self._publish_load()
 

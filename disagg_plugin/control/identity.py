@@ -111,6 +111,25 @@ def weights_digest(model_dir: Path, *, samples_per_tensor: int = 4) -> str:
         raise ConfigError(f"weight files in {model_dir} cannot be read ({error}): {_ADVICE}") from error
 
 
+def local_model_path(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Where the weights of ``model`` lie: a directory, a file, or a Hugging Face id that was downloaded before.
+
+    Raises:
+        ConfigError: Not on this machine.
+    """
+    if (path := Path(model)).exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(
+            f"weights of {model} are not on this machine: set model_revision_id in the disagg config instead"
+        ) from error
+
+
 class _Tensor(NamedTuple):
     """One tensor of a safetensors file; sorts by name."""
 

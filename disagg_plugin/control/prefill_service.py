@@ -261,6 +261,7 @@ class PrefillService:
                 prompt_tokens=offer.prompt_tokens,
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
+                prompt_digest=offer.prompt_digest,
             )
         )
         load = self._load

@@ -16,10 +16,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 import msgspec
 
-from disagg_plugin.config import DisaggSettings
+from disagg_plugin.config import DisaggSettings, is_loopback
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent
 from disagg_plugin.control.messages import AnyMessage, Hello, Ready
@@ -41,6 +42,11 @@ from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
 logger = logging.getLogger(__name__)
+
+
+def same_host(one: str, other: str) -> bool:
+    """Whether two texts name one host; every name of this machine's loopback is the same."""
+    return one.lower() == other.lower() or (is_loopback(one) and is_loopback(other))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +141,16 @@ class PrefillWorkers:
             hashes: From ``serving.prefix_hash.prefix_hashes`` with its standard chunk.
         """
         return self._index.overlap_tokens(hashes, self._handed.names, chunk_tokens=CHUNK_TOKENS)
+
+    def worker_at(self, host: str, bootstrap_port: int) -> str | None:
+        """The worker that a router's request names; None if none of ours fits or it is not there."""
+        for link in list(self._links.values()):
+            welcome = link.welcome
+            if welcome is None or welcome.bootstrap_port != bootstrap_port:
+                continue
+            if same_host(host, link.address.host) or same_host(host, urlsplit(link.address.url).hostname or ""):
+                return link.name
+        return None
 
     def offer(self, call: OfferCall) -> None:
         self._offers += 1
