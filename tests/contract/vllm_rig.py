@@ -26,7 +26,7 @@ class VllmRig:
             cache_config=SimpleNamespace(block_size=PAGE, enable_prefix_caching=True),
             model_config=SimpleNamespace(max_model_len=4096, served_model_name="m", model="m"),
             parallel_config=SimpleNamespace(data_parallel_rank=0, rank=0),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+            scheduler_config=SimpleNamespace(policy="fcfs", max_num_batched_tokens=512),
         )
         self.free = list(range(1, PAGES))
         pool = SimpleNamespace(num_gpu_blocks=PAGES, get_num_free_blocks=lambda: len(self.free), get_usage=lambda: 0.0)
@@ -49,6 +49,7 @@ class VllmRig:
             prompt_token_ids=prompt,
             kv_transfer_params=None,
             cache_salt=None,
+            trace_headers=None,
             lora_request=None,
             priority=0,
             sampling_params=SimpleNamespace(prompt_logprobs=None),
