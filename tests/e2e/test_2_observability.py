@@ -26,6 +26,7 @@ QUIET = (
     *("Why not", "Admission", "Degraded responses", "Degradation level", "Policy errors", "Fallbacks by cause"),
     *("Fallback share", "Offload calls that failed", "Bad chunks", "Side channel rejects", "Notifications rejected"),
     *("Links to peers", "Errors", "Waits for slots, buffers, blocks"),
+    "Measured over predicted TTFT",  # the fleet's policy is `threshold`, which predicts nothing
 )
 
 
@@ -88,15 +89,6 @@ def test_a_prefill_for_another_engine_is_not_among_the_prefill_engines_own_reque
     after = scrape(pair.prefill)
     assert after.total("disagg_slo_requests_total") == before.total("disagg_slo_requests_total")
     assert after.total("disagg_transfers_total", role="prefill", event="offered") > 0
-
-
-def test_predictions_are_compared_with_what_came(pair: Fleet) -> None:
-    before = scrape(pair.decode)
-    serve_some(pair, "estimates")
-    after = scrape(pair.decode)
-    rows = [row for row in pair.decode.snapshot()["decode"]["decision_log"][-5:] if row["remote_ttft_s"]]
-    measured = after.total("disagg_ttft_estimate_ratio_count") - before.total("disagg_ttft_estimate_ratio_count")
-    assert measured >= len([row for row in rows if row["action"] == "offload"])
 
 
 def test_status_shows_the_running_pair(pair: Fleet) -> None:
