@@ -43,7 +43,7 @@ def prompts_of(count: int) -> list[list[int]]:
 def measure(name: str, prompts: list[list[int]], tokens: int) -> dict[str, object]:
     """One pair, started and ended."""
     prefill_kind, decode_kind = PAIRS[name]
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
         model = smollm2()
         prefill = start(

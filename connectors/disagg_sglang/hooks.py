@@ -77,10 +77,11 @@ def find_unexpected() -> str | None:
     for function, expected in ((declare_resolution, "server_args"), (resolving_view, "server_args")):
         if next(iter(inspect.signature(function).parameters), "") != expected:
             return f"{function.__name__} takes other parameters than ({expected}, ...)"
-    return next((problem for problem in map(_mismatch, wanted_here()) if problem), None)
+    return next((problem for problem in map(mismatch, wanted_here()) if problem), None)
 
 
-def _mismatch(hook: Hook) -> str | None:
+def mismatch(hook: Hook) -> str | None:
+    """Why this hook cannot be applied to this SGLang, or None."""
     try:
         target = pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError) as error:

@@ -203,7 +203,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
     ) -> None:
         """SGLang computed ``num_kv_tokens`` more tokens; they stand in pages ``kv_indices``."""
         if self._early_send_wait_event is not None:  # untested on a GPU
-            self._early_send_wait_event.synchronize()
+            self._early_send_wait_event.wait()  # our gather, on this stream, comes after the writes
             self._early_send_wait_event = None
         self.pages += tuple(int(page) for page in kv_indices)
         self.tokens += int(num_kv_tokens or 0)

@@ -77,6 +77,8 @@ def model_facts(hf_config: Mapping[str, object]) -> dict[str, object]:
         facts.setdefault("kv_heads", heads)
         if isinstance(hidden, int):
             facts.setdefault("head_dim", hidden // heads)
+    if facts.get("v_head_dim") == facts.get("head_dim"):
+        facts.pop("v_head_dim", None)  # the same as not given; SGLang writes it into every config that it loads
     if config.get("sliding_window") and config.get("use_sliding_window") is not False:
         facts["sliding_window"] = config["sliding_window"]
     if isinstance(quantization := config.get("quantization_config"), Mapping) and quantization:
