@@ -1,9 +1,7 @@
 """Admission in front of a real engine with two API servers: one start, by the short flags alone."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -60,10 +58,8 @@ def fresh(number: int) -> range:
 def test_a_burst_is_refused_in_part_and_the_urgent_are_served(engine: str) -> None:
     with ThreadPoolExecutor(20) as pool:
         low = [pool.submit(ask, engine, fresh(at), priority="low") for at in range(12)]
-        high = [
-            pool.submit(ask, engine, range(20_000 + at * 300, 20_000 + at * 300 + 200), priority="high")
-            for at in range(4)
-        ]
+        urgent = [range(20_000 + at * 300, 20_200 + at * 300) for at in range(4)]
+        high = [pool.submit(ask, engine, prompt, priority="high") for prompt in urgent]
         low_answers, high_answers = [one.result() for one in low], [one.result() for one in high]
     assert [answer.status_code for answer in high_answers] == [200] * 4
     refused = [answer for answer in low_answers if answer.status_code == 429]
@@ -85,15 +81,11 @@ def test_a_refused_client_that_retries_is_served_when_load_has_fallen(engine: st
     with ThreadPoolExecutor(8) as pool, openai.OpenAI(base_url=f"{engine}/v1", api_key="k", max_retries=0) as client:
         busy = [pool.submit(ask, engine, fresh(100 + at + 10 * stream), priority="high") for at in range(6)]
         asked = {"model": str(tiny()), "prompt": list(fresh(200 + stream)), "max_tokens": 4, "stream": stream}
-        refusals = 0
-        while not refusals and not all(one.done() for one in busy):
-            try:
+        with pytest.raises(openai.RateLimitError) as refused:  # once the burst has reached the engine
+            while not all(one.done() for one in busy):
                 answer: Any = client.completions.create(**asked, extra_body={"priority": "low"})
-                list(answer) if stream else answer
-            except openai.RateLimitError as error:
-                refusals += 1
-                assert error.code in ("ttft", "tpot")
-        assert refusals
+                list(answer)
+        assert refused.value.code in ("ttft", "tpot")
         with client.with_options(max_retries=8) as patient:
             answer = patient.completions.create(**asked, extra_body={"priority": "low"})
             text = "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
@@ -115,8 +107,7 @@ def test_nothing_stays_reserved(engine: str) -> None:
         assert ask(engine, range(100, 200), priority="low").status_code == 200
 
 
-def test_the_board_is_there_while_the_engine_is(engine: str) -> None:
+def test_what_was_decided_is_counted(engine: str) -> None:
     status = httpx.get(f"{engine}/disagg/status", timeout=60)
-    assert status.status_code == 200
-    assert any(Path("/dev/shm").glob("disagg-admission-*"))
-    assert json.loads(status.text)
+    outcomes = {(one["slo_class"], one["outcome"]) for one in status.json()["admission"]}
+    assert {("low", "admitted"), ("high", "admitted")} & outcomes  # of one of the two API servers
