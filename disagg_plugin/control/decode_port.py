@@ -1,11 +1,11 @@
 """What the decode role and its surroundings say to each other: the engine's questions, our answers, the I/O thread."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from disagg_plugin.control.events import DecodeEvent
-from disagg_policies.snapshots import PrefillModel, WorkerState
+from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ class DecodePort(Protocol):
         """A transfer that this worker had accepted came to nothing: it counts for its back-off."""
         ...
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
-        """So long did so many bytes take, the KV of so many tokens."""
+    def landed(self, peer: str, *, wire_bytes: int, tokens: int) -> None:
+        """An offload went well; the KV of so many tokens took so many bytes."""
         ...
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
@@ -94,6 +94,10 @@ class DecodePort(Protocol):
 
     def assume(self, prefill: PrefillModel) -> None:
         """The speed to take for workers that have measured nothing yet; without, a slow guess would be never tested."""
+        ...
+
+    def ask_for_codecs(self, policy: Callable[[str, CodecChoices], str]) -> None:
+        """``policy(worker, choices)`` says how KV from a worker travels; called in another thread."""
         ...
 
     def drain(self) -> Iterable[DecodeEvent]: ...

@@ -7,6 +7,7 @@
           ◀──────────────────────────────────── Accepted | Refused
           ◀──────────────────────────────────── Started      first chunk scheduled
     Ready ────────────────────────────────────▶  KV of [first_token, end_token) may be sent
+          ◀──────────────────────────────────── Sent         all of it has been acknowledged
     Cancel ◀──────────────────────────────────▶ Cancel       either side gives up
     Heartbeat ────────────────────────────────▶              answered only by Rejected, if we do not know the sender
           ◀──────────────────────────────────── LoadReport   unasked: after steps, every 20 to 500 ms
@@ -134,6 +135,18 @@ class Ready(Message, frozen=True, tag="ready"):
     end_token: int
 
 
+class Sent(Message, frozen=True, tag="sent"):
+    """Every chunk was acknowledged.
+
+    Attributes:
+        wire_s: Seconds in which the wire was busy with them, on the rank that took longest: no gaps between chunks.
+    """
+
+    transfer_id: bytes
+    wire_bytes: int
+    wire_s: float
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """The sender gives this transfer up; idempotent."""
 
@@ -222,6 +235,7 @@ AnyMessage = (
     | Refused
     | Started
     | Ready
+    | Sent
     | Cancel
     | Heartbeat
     | LoadReport

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.decode_port import DecodePort, PromptView
@@ -74,6 +75,7 @@ class OffloadDecisions:
             log_interval_s=policy.log_interval_s,
             clock=clock,
         )
+        port.ask_for_codecs(lambda worker, choices: self._decider.choose_codec(worker, choices).name)
 
     def decide(
         self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int
@@ -85,9 +87,12 @@ class OffloadDecisions:
             promised_tokens: KV that is held here for transfers, or will be.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
+        workers = self._port.workers()
         decode = self._state(free_tokens, promised_tokens)
         if decode.prefill.samples:
             self._port.assume(decode.prefill)
+        elif (measured := next((w.prefill for w in workers if w.prefill.samples), None)) is not None:
+            decode = replace(decode, prefill=replace(measured, samples=0))  # likewise, the other way round
         return self._decider.decide(
             Prompt(
                 prompt.request_id,
@@ -97,22 +102,15 @@ class OffloadDecisions:
                 only_offload=prompt.only_offload,
             ),
             decode,
-            self._port.workers(),
+            workers,
             self._port.overlap_tokens(hashes),
         )
 
     def landed(self, transfer: Transfer) -> None:
         """Learn from a transfer that went well."""
         arrival, record = transfer.arrival, transfer.record
-        if arrival is not None and arrival.chunks > 1 and arrival.last_chunk_s > arrival.first_chunk_s:
-            # the first chunk's own way is not seen from here
-            later_bytes = arrival.wire_bytes * (arrival.chunks - 1) // arrival.chunks
-            self._port.saw_transfer(
-                transfer.peer,
-                wire_bytes=later_bytes,
-                seconds=arrival.last_chunk_s - arrival.first_chunk_s,
-                tokens=(transfer.end_token - transfer.first_token) * (arrival.chunks - 1) // arrival.chunks,
-            )
+        tokens = transfer.end_token - transfer.first_token
+        self._port.landed(transfer.peer, wire_bytes=arrival.wire_bytes if arrival is not None else 0, tokens=tokens)
         if record is None:
             return
         seen = record.snapshot

@@ -33,6 +33,7 @@ from disagg_plugin.control.messages import (
     Ready,
     Refused,
     Rejected,
+    Sent,
     Started,
     Welcome,
 )
@@ -108,6 +109,7 @@ class PrefillService:
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._awaited: dict[bytes, _Awaited] = {}
+        self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
         self._capacity_chunks = min(kv_capacity_tokens // CHUNK_TOKENS, MAX_CHUNKS)
@@ -121,8 +123,10 @@ class PrefillService:
     # -- scheduler's thread ------------------------------------------------------------------------------------
 
     def publish(self, load: Load, kv_usage: float) -> None:
-        """The load that the next offers are judged by."""
+        """The load that the next offers are judged by, with the prompts in it that have arrived meanwhile."""
         self._load, self._kv_usage = load, kv_usage
+        while self._arrived:
+            self._awaited.pop(self._arrived.pop(), None)
         if self._peers:
             self._pacer.changed()
 
@@ -143,8 +147,13 @@ class PrefillService:
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self._post(self._send_to, peer, Cancel(transfer_id, reason))
 
+    def all_sent(self, transfer_id: bytes, peer: str, *, wire_bytes: int, wire_s: float) -> None:
+        self._post(self._send_to, peer, Sent(transfer_id, wire_bytes, wire_s))
+
     def arrived(self, transfer_id: bytes) -> None:
-        self._awaited.pop(transfer_id, None)
+        """Its HTTP request came. It stays counted as awaited until a load is published that counts it: a prompt
+        counted twice for a moment is harmless, one that is not counted lets too many in."""
+        self._arrived.append(transfer_id)
 
     def drain(self) -> Iterable[PrefillEvent]:
         while self._events:

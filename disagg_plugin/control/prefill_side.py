@@ -46,6 +46,11 @@ class PrefillPort(Protocol):
 
     def started(self, transfer_id: bytes, peer: str) -> None: ...
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None: ...
+
+    def all_sent(self, transfer_id: bytes, peer: str, *, wire_bytes: int, wire_s: float) -> None:
+        """All of it is at the peer; how long the wire was busy with it is what the peer plans with."""
+        ...
+
     def arrived(self, transfer_id: bytes) -> None: ...
     def drain(self) -> Iterable[PrefillEvent]: ...
 
@@ -71,6 +76,7 @@ class _Ticket:
     acknowledged_s: float = 0.0
     chunks: int = 0
     wire_bytes: int = 0
+    wire_s: float = 0.0  # of the slowest rank
 
 
 class PrefillSide:
@@ -197,6 +203,7 @@ class PrefillSide:
                 if (ticket := self._tickets.get(timing.transfer_id)) is not None:
                     ticket.chunks += timing.chunks
                     ticket.wire_bytes += timing.wire_bytes
+                    ticket.wire_s = max(ticket.wire_s, timing.wire_s)
                     ticket.last_computed_s = max(ticket.last_computed_s, timing.last_computed_s)
                     ticket.acknowledged_s = max(ticket.acknowledged_s, timing.acknowledged_s)
             for transfer_id in report.sent:
@@ -235,6 +242,8 @@ class PrefillSide:
         if len(ticket.sent_ranks) == self._ranks and ticket.state in LOADING:
             ticket.state = advance(ticket.state, Event.COMPLETE)
             self.totals["sent"] += 1
+            offer = ticket.offer
+            self._port.all_sent(offer.transfer_id, offer.peer, wire_bytes=ticket.wire_bytes, wire_s=ticket.wire_s)
             self._forget_if_over(ticket)
 
     def _is_staged(self, ticket: _Ticket) -> bool:

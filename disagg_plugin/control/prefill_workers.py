@@ -36,7 +36,7 @@ from disagg_plugin.control.worker_link import Health, MakeClient, Surroundings, 
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 from disagg_plugin.serving.prefix_index import PrefixIndex
-from disagg_policies.snapshots import PrefillModel, WorkerState
+from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
@@ -90,6 +90,7 @@ class PrefillWorkers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[DecodeEvent] = deque()
         self._assumed: PrefillModel | None = None
+        self._codec_policy: Callable[[str, CodecChoices], str] | None = None
         self._index = PrefixIndex()
         self._latency = LatencyModel(clock)
         self.counters: Counter[str] = Counter()
@@ -104,6 +105,7 @@ class PrefillWorkers:
             codec=settings.transfer.codec,
             silent_after_s=settings.side_channel.peer_timeout_s,
             assumed=lambda: self._assumed,
+            choose_codec=lambda name, choices: self._codec_policy(name, choices) if self._codec_policy else None,
         )
         # handed over by the I/O thread
         self._view = _View()
@@ -149,12 +151,12 @@ class PrefillWorkers:
         while self._events:
             yield self._events.popleft()
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int = 0) -> None:
-        """KV of an offload to ``peer`` has landed whole; ``seconds`` as long as bytes were waiting for the wire."""
-        self._post(self._saw_transfer, peer, wire_bytes, seconds, tokens)
+    def landed(self, peer: str, *, wire_bytes: int, tokens: int) -> None:
+        """KV of an offload to ``peer`` has landed whole: that also ends a back-off."""
+        self._post(self._landed, peer, wire_bytes, tokens)
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
-        """An offload to ``peer`` took so much longer than its queue, prefill and transfer."""
+        """An offload to ``peer`` landed, and took so much longer than its queue, prefill and transfer."""
         self._post(self._saw_overhead, peer, seconds)
 
     def failed(self, peer: str, reason: str) -> None:
@@ -165,6 +167,10 @@ class PrefillWorkers:
         """Take ``prefill`` for workers that have measured nothing yet: ours, as the same model on the same kind of
         machine; a guess that is too slow would keep every prompt away from them, and so from being measured."""
         self._assumed = prefill
+
+    def ask_for_codecs(self, policy: Callable[[str, CodecChoices], str]) -> None:
+        """From now on ``policy(worker, choices)`` says how KV from a worker travels; called in the I/O thread."""
+        self._codec_policy = policy
 
     # -- I/O thread: life --------------------------------------------------------------------------------------
 
@@ -257,10 +263,9 @@ class PrefillWorkers:
         if (link := self._links.get(name)) is not None:
             link.send(message)
 
-    def _saw_transfer(self, name: str, wire_bytes: int, seconds: float, tokens: int) -> None:
+    def _landed(self, name: str, wire_bytes: int, tokens: int) -> None:
         if (link := self._links.get(name)) is not None:
-            self._latency.saw_transfer(name, wire_bytes=wire_bytes, seconds=seconds)
-            link.arrived(wire_bytes=wire_bytes, tokens=tokens)
+            link.landed(wire_bytes=wire_bytes, tokens=tokens)
             link.succeeded()
             self._refresh(link)
 

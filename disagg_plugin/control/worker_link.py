@@ -16,6 +16,7 @@ leaving         its name's look-up does not list it any more; what is under way 
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from enum import StrEnum
 
 import msgspec
 
-from disagg_plugin.config import CodecChoice
+from disagg_plugin.config import CodecChoice, is_loopback
 from disagg_plugin.control.backoff import Backoff
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
 from disagg_plugin.control.digest_stream import DigestFollower
@@ -39,17 +40,18 @@ from disagg_plugin.control.messages import (
     LoadReport,
     Refused,
     Rejected,
+    Sent,
     Started,
     Welcome,
 )
 from disagg_plugin.control.received_load import ReceivedLoad
-from disagg_plugin.control.wire_cost import wire_bytes_per_token, wire_codec
+from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
 from disagg_plugin.errors import PeerLost
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_index import PrefixIndex
-from disagg_policies.snapshots import PrefillModel, WorkerState
+from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 REPORTS_EVERY_S = 0.5  # at least, by P's promise
@@ -93,6 +95,7 @@ class Surroundings:
     codec: CodecChoice = "auto"
     silent_after_s: float = 3.0
     assumed: Callable[[], PrefillModel | None] = lambda: None
+    choose_codec: Callable[[str, CodecChoices], str | None] = lambda _name, _choices: None
 
 
 @dataclass(slots=True)
@@ -226,6 +229,10 @@ class WorkerLink:
                 self.around.emit(PrefillFailed(transfer_id, reason))
             case LoadReport():
                 self._reported(message)
+            case Sent(_, wire_bytes, wire_s) if wire_bytes > 0 and 0 < wire_s < math.inf:
+                self.around.latency.saw_transfer(self.name, wire_bytes=wire_bytes, seconds=wire_s)
+                self._choose_codec()
+                self._changed()
             case _:
                 self.around.counters["unexpected_messages"] += 1
 
@@ -235,6 +242,7 @@ class WorkerLink:
         self.welcome, self.health, self.reason = welcome, Health.HEALTHY, ""
         if welcome.epoch != self._epoch:  # another process: what the one before did wrong does not count
             self._epoch, self.backoff, self.probe = welcome.epoch, Backoff(), b""
+        self._choose_codec()
         logger.info("disagg: prefill worker %s is ready (epoch %d)", self.name, welcome.epoch)
         self.around.emit(
             PeerJoined(
@@ -249,6 +257,23 @@ class WorkerLink:
             )
         )
         self._changed()
+
+    def _choose_codec(self) -> None:
+        """Ask the codec policy, where the settings leave the choice open and there is a wire to speak of."""
+        if self.around.codec != "auto" or is_loopback(self.address.host) or self.welcome is None:
+            return
+        geometry = self.welcome.geometry
+        choices = codec_choices(
+            self.around.latency.link(self.name, wire_bytes_per_token=self.row.link.wire_bytes_per_token),
+            self.codec,
+            geometry,
+            senders=self.welcome.endpoints,
+            receivers=self.hello.endpoints,
+        )
+        chosen = self.around.choose_codec(self.name, choices) if choices is not None else None
+        if chosen is not None and chosen != self.codec:
+            logger.info("disagg: KV from %s travels as %s from now on", self.name, chosen)
+            self.codec, self._bytes_per_token = chosen, None
 
     def _rejected(self, reason: str, *, ours: str, theirs: str) -> None:
         if reason == "unknown_peer":  # it restarted, or had given us up: introduce ourselves again
@@ -344,7 +369,7 @@ class WorkerLink:
             logger.info("disagg: prefill worker %s works again", self.name)
         self.backoff, self.probe = self.backoff.succeeded(), b""
 
-    def arrived(self, *, wire_bytes: int, tokens: int) -> None:
+    def landed(self, *, wire_bytes: int, tokens: int) -> None:
         """KV of so many tokens took so many bytes."""
         if tokens > 0 and wire_bytes > 0:
             measured = wire_bytes / tokens

@@ -16,6 +16,7 @@ class RankEndpoint:
         agent_metadata: NIXL's own description of the agent and its registered memory.
         ring_address: First byte of the landing ring in that process.
         ring_slots: Slots in the whole ring, over all regions.
+        encode_bytes_per_s, decode_bytes_per_s: Source bytes that this rank's int8 codec manages; 0: not measured.
     """
 
     rank: int
@@ -24,6 +25,8 @@ class RankEndpoint:
     ring_address: int
     slot_bytes: int
     ring_slots: int
+    encode_bytes_per_s: float = 0.0
+    decode_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,11 @@ class ReceiveTiming:
 
 @dataclass(frozen=True, slots=True)
 class SendTiming:
-    """When one sent transfer was staged and acknowledged; ``time.monotonic`` seconds of the rank's host."""
+    """When one sent transfer was staged and acknowledged; ``time.monotonic`` seconds of the rank's host.
+
+    Attributes:
+        wire_s: Time in which the wire was busy with it: no gaps between chunks, nothing before it in the queue.
+    """
 
     transfer_id: bytes
     first_chunk_s: float
@@ -140,6 +147,7 @@ class SendTiming:
     acknowledged_s: float
     chunks: int
     wire_bytes: int
+    wire_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

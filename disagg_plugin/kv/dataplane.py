@@ -154,6 +154,10 @@ class DataPlane:
         transport.register(memory.ring.buffer)
         transport.register(memory.staging.buffer)
         self.rank = rank
+        geometry = view.geometry
+        dtype = getattr(torch, geometry.dtype)
+        self.codec = codec or KVCodec(head_dim=geometry.head_dim, dtype=dtype, compile=transfer.compile)
+        encode_bytes_per_s, decode_bytes_per_s = self.codec.measure()
         self.endpoint = RankEndpoint(
             rank=rank,
             agent_name=transport.agent_name,
@@ -161,10 +165,9 @@ class DataPlane:
             ring_address=memory.ring.address,
             slot_bytes=memory.ring.slot_bytes,
             ring_slots=memory.ring.slots,
+            encode_bytes_per_s=encode_bytes_per_s,
+            decode_bytes_per_s=decode_bytes_per_s,
         )
-        geometry = view.geometry
-        dtype = getattr(torch, geometry.dtype)
-        self.codec = codec or KVCodec(head_dim=geometry.head_dim, dtype=dtype, compile=transfer.compile)
         self._regions = RegionTable(memory.staging.slots)
         self._links: dict[tuple[str, bool], Link] = {}  # by peer, and whether it writes to us
         self._events: deque[Event] = deque()

@@ -31,6 +31,7 @@ class Posted:
     deadline_s: float
     handle: WriteHandle | None = None
     posted_s: float = 0.0
+    wire_s: float = 0.0
     attempt: int = 0
     answer: Kind | None = None
     quarantined: bool = False
@@ -62,6 +63,7 @@ class Poster:
         self._counters = counters
         self._links: dict[str, SendLink] = {}  # by agent name
         self._posted: dict[tuple[str, int], Posted] = {}  # by agent name and slot
+        self._wire_free_s: dict[str, float] = {}  # by agent name: when the last write to it ended
 
     @property
     def waiting(self) -> int:
@@ -78,6 +80,7 @@ class Poster:
     def disconnect(self, link: SendLink) -> None:
         """Release every handle towards this agent; its writes may still land, in slots only it may write to."""
         self._links.pop(link.agent, None)
+        self._wire_free_s.pop(link.agent, None)
         for key in [key for key, posted in self._posted.items() if posted.chunk.link is link]:
             posted = self._posted.pop(key)
             if posted.handle is not None:
@@ -128,6 +131,7 @@ class Poster:
                 return False
             posted.handle.release()
             posted.handle = None
+            self._account(key[0], posted)
             if state is WriteState.FAILED and posted.answer is None:
                 self._finish(key, "transport")
                 return True
@@ -151,6 +155,7 @@ class Poster:
     def _write(self, posted: Posted) -> None:
         chunk = posted.chunk
         link = chunk.link
+        posted.posted_s = self._clock()
         try:
             posted.handle = self._transport.write(
                 link.agent,
@@ -164,12 +169,18 @@ class Poster:
             logger.warning("chunk %d of %s: %s", chunk.sequence, chunk.transfer_id.hex(), error)
             self._finish((link.agent, chunk.slot), "peer_lost" if isinstance(error, PeerLost) else "transport")
 
+    def _account(self, agent: str, posted: Posted) -> None:
+        """A write ended: writes to one peer share a wire, so that each counts only from the end of the one before."""
+        now = self._clock()
+        posted.wire_s += now - max(posted.posted_s, self._wire_free_s.get(agent, 0.0))
+        self._wire_free_s[agent] = now
+
     def _finish(self, key: tuple[str, int], failure: str | None) -> None:
         posted, now = self._posted.pop(key), self._clock()
         chunk = posted.chunk
         if failure is None:
             add_duration(self._counters, CHUNK_WRITE, now - posted.posted_s, CHUNK_SECONDS)
-        self._emit(ChunkDone(chunk.link, chunk.slot, chunk.transfer_id, failure, now))
+        self._emit(ChunkDone(chunk.link, chunk.slot, chunk.transfer_id, failure, now, posted.wire_s))
 
     def _memory(self, chunk: StagedChunk) -> Bytes:
         return self._arena.array(chunk.link.region.slot(chunk.slot))[: chunk.nbytes]

@@ -90,6 +90,7 @@ class ChunkDone:
     transfer_id: bytes
     failure: str | None
     at_s: float
+    wire_s: float = 0.0  # in which the wire worked on this chunk and not on one before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class SendState:
     sequence: int = 0
     in_flight: int = 0
     wire_bytes: int = 0
+    wire_s: float = 0.0
     first_chunk_s: float = 0.0
     last_computed_s: float | None = None
     acknowledged_s: float = 0.0
@@ -330,6 +332,7 @@ class Stager:
             return
         state.in_flight -= 1
         state.acknowledged_s = event.at_s
+        state.wire_s += event.wire_s
         self._settle(state)
 
     def fail(self, transfer_id: bytes, reason: str) -> None:
@@ -454,4 +457,5 @@ def _timing(state: SendState) -> SendTiming:
         acknowledged_s=state.acknowledged_s,
         chunks=state.sequence,
         wire_bytes=state.wire_bytes,
+        wire_s=state.wire_s,
     )

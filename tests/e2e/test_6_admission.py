@@ -81,13 +81,16 @@ def test_a_refused_client_that_retries_is_served_when_load_has_fallen(engine: st
     with ThreadPoolExecutor(8) as pool, openai.OpenAI(base_url=f"{engine}/v1", api_key="k", max_retries=0) as client:
         busy = [pool.submit(ask, engine, fresh(100 + at + 10 * stream), priority="high") for at in range(6)]
         asked = {"model": str(tiny()), "prompt": list(fresh(200 + stream)), "max_tokens": 4, "stream": stream}
-        with pytest.raises(openai.RateLimitError) as refused:  # once the burst has reached the engine
+
+        def ask_until_refused() -> None:
             while not all(one.done() for one in busy):
-                answer: Any = client.completions.create(**asked, extra_body={"priority": "low"})
-                list(answer)
+                list(client.completions.create(**asked, extra_body={"priority": "low"}))
+
+        with pytest.raises(openai.RateLimitError) as refused:  # once the burst has reached the engine
+            ask_until_refused()
         assert refused.value.code in ("ttft", "tpot")
         with client.with_options(max_retries=8) as patient:
-            answer = patient.completions.create(**asked, extra_body={"priority": "low"})
+            answer: Any = patient.completions.create(**asked, extra_body={"priority": "low"})
             text = "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
         assert text
         assert [one.result().status_code for one in busy] == [200] * 6

@@ -167,6 +167,38 @@ def test_a_workers_side_channel_is_host_and_port(address: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        pytest.param("http://10.0.0.5:8000", {"url": "http://10.0.0.5:8000"}, id="a URL"),
+        pytest.param("prefill.svc:8000", {"url": "http://prefill.svc:8000", "discover": "dns"}, id="a name to look up"),
+    ],
+)
+def test_a_worker_may_be_one_text(short: str, full: dict[str, str]) -> None:
+    assert PrefillWorkerSettings.model_validate(short) == PrefillWorkerSettings.model_validate(full)
+
+
+@pytest.mark.parametrize(
+    ("worker", "line"),
+    [
+        pytest.param(
+            "10.0.0.5:8000",
+            "settings: prefill_workers.0 = '10.0.0.5:8000': discover: dns needs a name to look up, "
+            "10.0.0.5 is an address: leave discover out",
+            id="an address has no addresses",
+        ),
+        pytest.param(
+            {"url": "http://p.svc:8000", "side_channel": "q.svc:5600", "discover": "dns"},
+            "settings: prefill_workers.0: side_channel q.svc:5600 must have the host of url, p.svc: with discover: dns "
+            "both are looked up together",
+            id="two names",
+        ),
+    ],
+)
+def test_only_a_name_can_be_looked_up(worker: object, line: str) -> None:
+    assert line_for({"prefill_workers": [worker]}) == line
+
+
+@pytest.mark.parametrize(
     ("worker", "address"),
     [
         pytest.param(WORKER, ("10.0.0.5", 5600), id="the URL's host, our port"),

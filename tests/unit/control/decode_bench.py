@@ -1,6 +1,6 @@
 """One decode side on a bench: the I/O thread's half is a list, time is a number."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from disagg_plugin.config import load_settings
@@ -9,7 +9,7 @@ from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.kv.commands import AddPeer
-from disagg_policies.snapshots import PrefillModel, WorkerState
+from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 LONG = PromptView("r1", tuple(range(1_000)))
 ROOM = 100_000
@@ -47,14 +47,17 @@ class FakePort:
     def failed(self, peer: str, reason: str) -> None:
         self.sent.append(("failed", peer, reason))
 
-    def saw_transfer(self, peer: str, *, wire_bytes: int, seconds: float, tokens: int) -> None:
-        self.sent.append(("saw_transfer", peer, f"{wire_bytes} in {seconds:.3f}"))
+    def landed(self, peer: str, *, wire_bytes: int, tokens: int) -> None:
+        self.sent.append(("landed", peer, f"{wire_bytes} of {tokens}"))
 
     def saw_overhead(self, peer: str, *, seconds: float) -> None:
         self.sent.append(("saw_overhead", peer, f"{seconds:.3f}"))
 
     def assume(self, prefill: PrefillModel) -> None:
         self.assumed = prefill
+
+    def ask_for_codecs(self, policy: Callable[[str, CodecChoices], str]) -> None:
+        self.codec_policy = policy
 
     def drain(self) -> Iterable[DecodeEvent]:
         events, self.events = self.events, []

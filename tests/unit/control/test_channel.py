@@ -39,6 +39,7 @@ EVERY_MESSAGE: list[AnyMessage] = [
     messages.Refused(b"id", "queue_full"),
     messages.Started(b"id"),
     messages.Ready(b"id", 16, 2999),
+    messages.Sent(b"id", 4_096, 0.25),
     messages.Cancel(b"id", "deadline"),
     HELLO,
     messages.LoadReport(1, 2, 3000, 4, 0.5, 1e4),

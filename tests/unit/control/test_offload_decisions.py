@@ -1,5 +1,7 @@
 """What the policies are told, and what is learned from what became of their answers."""
 
+from dataclasses import replace
+
 import pytest
 from unit.control.decode_bench import LONG, PEER, Bench
 
@@ -9,6 +11,7 @@ from disagg_plugin.control.step_times import StepWork
 from disagg_plugin.kv.commands import RankReport, ReceiveTiming
 from disagg_plugin.serving.latency import HERE
 from disagg_plugin.serving.prefix_hash import prefix_hashes
+from disagg_policies.snapshots import PrefillModel
 
 
 def of_length(name: str, tokens: int) -> PromptView:
@@ -72,7 +75,7 @@ def test_kv_that_is_promised_counts_before_it_is_held() -> None:
     assert bench.match(of_length("r3", 1_500)) == NotYet()
 
 
-def test_a_landed_transfer_teaches_the_link_and_the_overhead() -> None:
+def test_a_landed_transfer_teaches_bytes_per_token_and_the_overhead() -> None:
     bench = Bench()
     offered_s = bench.now
     bench.loading()
@@ -80,19 +83,18 @@ def test_a_landed_transfer_teaches_the_link_and_the_overhead() -> None:
     bench.side.reports([RankReport(0, receive_timings=(timing,))])
     bench.now += 9.0
     bench.side.load_completed("r1")
-    assert ("saw_transfer", "p:1", "3000 in 0.600") in bench.port.sent, (
-        "the first chunk's own way is not seen from here"
-    )
+    assert ("landed", "p:1", "4000 of 999") in bench.port.sent
     (overhead,) = [text for what, _, text in bench.port.sent if what == "saw_overhead"]
     assert 7.0 < float(overhead) < 9.0, "nine seconds, less about one that the prior expects of a prefill"
 
 
-def test_a_transfer_in_one_chunk_says_nothing_about_the_link() -> None:
-    bench = Bench()
-    bench.loading()
-    bench.side.reports([RankReport(0, receive_timings=(ReceiveTiming("r1", 1.0, 1.0, 1, 9, 9, ("raw",)),))])
-    bench.side.load_completed("r1")
-    assert not [what for what, *_ in bench.port.sent if what == "saw_transfer"]
+def test_an_engine_that_never_prefilled_takes_itself_to_be_as_fast_as_its_workers() -> None:
+    bench = Bench(policy={"offload": "latency"})
+    fast = PrefillModel(base_s=0.001, per_token_s=1e-6, per_pair_s=1e-12, samples=9)
+    bench.port.states = [replace(bench.port.states[0], prefill=fast)]
+    bench.match()
+    (row,) = bench.side.snapshot()["decision_log"]  # type: ignore[misc]
+    assert row["local_ttft_s"] < 0.01, "not the 1,000 tokens/s of the prior"
 
 
 def test_what_this_engine_measured_of_itself_is_what_it_assumes_of_others() -> None:

@@ -31,6 +31,9 @@ class FakePort:
     def started(self, transfer_id: bytes, peer: str) -> None:
         self.sent.append(("started", peer))
 
+    def all_sent(self, transfer_id: bytes, peer: str, *, wire_bytes: int, wire_s: float) -> None:
+        self.sent.append(("all sent", f"{wire_bytes} in {wire_s}"))
+
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self.sent.append(("cancel", reason))
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +16,14 @@ from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, Pro
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import ModelIdentity
+from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts, fetch_snapshot
 from disagg_plugin.kv.commands import AddPeer, OpenReceive, OpenSend, RankEndpoint
 from disagg_plugin.kv.geometry import KVGeometry
+from disagg_plugin.serving.prefix_hash import prefix_hashes
+from disagg_policies.placement import eligible
+from disagg_policies.snapshots import PrefillModel
 
 GEOMETRY = KVGeometry(layers=4, kv_heads=2, head_dim=64, dtype="float32")
 FACTS = EngineFacts(
@@ -89,16 +94,20 @@ class Pair:
     def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
         self.http = http
         self.port = free_port()
-        common = {
-            "split_policy": {"prefill_queue_max": queue_max},
-            "policy": {"offload": "threshold"},
-            "transfer": {"offer_timeout_s": 0.5},
-        }
+        common = {"policy": {"offload": "threshold"}, "transfer": {"offer_timeout_s": 0.5}}
         channel = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
-        p_settings = load_settings({"role": "prefill", "side_channel": {"port": self.port, **channel}, **common})
+        limit = {"split_policy": {"prefill_queue_max": queue_max}}  # prefill enforces its own, whatever decode thinks
+        p_settings = load_settings(
+            {"role": "prefill", "side_channel": {"port": self.port, **channel}, **limit, **common}
+        )
         worker = {"url": http.url, "side_channel": f"127.0.0.1:{self.port}"}
         d_settings = load_settings(
-            {"role": "decode", "side_channel": {"port": 0, **channel}, "prefill_workers": [worker], **common}
+            {
+                "role": "decode",
+                "side_channel": {"port": 0, **channel},
+                "prefill_workers": [worker],
+                **common,
+            }
         )
         self.p_service = self.service(p_settings, prefill_facts)
         self.d_service = self.service(d_settings, FACTS)
@@ -114,7 +123,9 @@ class Pair:
         return service
 
     def met(self) -> bool:
-        return self.d_service.decode is not None and any(w.healthy for w in self.d_service.decode.workers())
+        """Whether a prompt could be offered now."""
+        links = self.d_service.decode
+        return links is not None and bool(eligible(1_000, links.workers(), now_s=time.monotonic()))
 
     def match(self, prompt: PromptView = PROMPT) -> object:
         return self.decode.match(prompt, 0, free_tokens=10_000)
@@ -249,6 +260,58 @@ def test_a_restarted_prefill_engine_is_met_again_and_its_transfers_are_repaired(
         eventually(pair.met)
         epochs = [c.epoch for c in pair.decode.step() if isinstance(c, AddPeer)]
         assert epochs[-1] == pair.p_service.epoch
+
+
+def test_prefixes_that_prefill_holds_are_known_to_decode(http: HttpPrefill) -> None:
+    """Also what was computed before they met, and what is forgotten when the engine empties its cache."""
+    with running(Pair(http, replace(FACTS, prefix_capacity_tokens=100_000))) as pair:
+        prefill, links = pair.p_service.prefill, pair.d_service.decode
+        assert prefill is not None
+        assert links is not None
+        prefill.holds(HeldPrompt(tuple(range(1_000)), salt="s"))
+        hashes = prefix_hashes(tuple(range(900)), salt="s")
+
+        def overlap(prompt: list[int]) -> tuple[int, ...]:
+            links.workers()
+            return links.overlap_tokens(prompt)
+
+        eventually(lambda: overlap(hashes) == (896,))
+        prefill.holds(HeldPrompt(tuple(range(2_000, 2_500))))
+        eventually(lambda: overlap(prefix_hashes(tuple(range(2_000, 2_500)))) == (384,))
+        assert overlap(prefix_hashes(tuple(range(900)))) == (0,), "another salt"
+        prefill.cache_reset()
+        eventually(lambda: overlap(hashes) == (0,))
+
+
+def test_a_loaded_prefill_engine_is_seen_so_within_milliseconds(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        prefill, links = pair.p_service.prefill, pair.d_service.decode
+        assert prefill is not None
+        assert links is not None
+        eventually(pair.met)
+        speed = PrefillModel(0.01, 1e-4, 1e-9, 20, 0.1)
+        prefill.publish(Load(3, 9_000, 2, prefill_tokens_per_s=9_000.0, prefill=speed), 0.25)
+        eventually(lambda: links.workers()[0].queued_requests == 3, within_s=0.4)
+        (row,) = links.workers()
+        assert (row.queued_prefill_tokens, row.running_requests, row.kv_usage) == (9_000, 2, 0.25)
+        assert (row.queue_s, row.prefill) == (1.0, speed)
+
+
+def test_an_idle_prefill_engine_stays_fresh_without_being_asked(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        links = pair.d_service.decode
+        assert links is not None
+        eventually(lambda: links.workers()[0].reported_s > 0)
+        first_s = links.workers()[0].reported_s
+        eventually(lambda: links.workers()[0].reported_s > first_s, within_s=1.0)
+        assert pair.met()
+
+
+def test_a_killed_prefill_engine_is_left_within_a_second(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        eventually(pair.met)
+        pair.p_service.close()
+        eventually(lambda: not pair.met(), within_s=1.0)
 
 
 def test_a_silent_decode_engine_is_forgotten_by_prefill(http: HttpPrefill) -> None:
