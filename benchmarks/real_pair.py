@@ -103,13 +103,14 @@ def start_disagg_pair(
     model: str,
     *,
     decode: Mapping[str, Any],
+    prefill: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     extra: list[str] | None = None,
 ) -> DisaggPair:
     """Both engines, each on a core of its own, raw KV; returns once the decode engine knows the other.
 
     Args:
-        decode: Settings of the decode engine beyond the address of its worker.
+        decode, prefill: Settings of the engines beyond each other's addresses.
         env, extra: Environment and flags of the decode engine.
     """
     pair = DisaggPair({}, {"prefill": free_port(), "decode": free_port()})
@@ -119,6 +120,8 @@ def start_disagg_pair(
             "side_channel": {"port": pair.side_ports[role]},
             "transfer": {"codec": "raw", "compile": False},
         }
+        if role == "prefill":
+            settings |= prefill or {}
         flags = []
         if role == "decode":
             worker = {"url": pair.urls["prefill"], "side_channel": f"127.0.0.1:{pair.side_ports['prefill']}"}

@@ -207,14 +207,12 @@ def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_
     space_s = _space_wait_s(snapshot, ahead)
     local_s = local_ttft_s(seen) + space_s
     wait_s = local_s - alone_s
-    remote_s = None
+    remote_s: float | None = None
     step_s = model.seconds(decode.running_decodes + 1, decode.decode_context_tokens)
     for worker in snapshot.workers:
-        if request.prompt_tokens > worker.max_prompt_tokens:
-            continue
-        through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens)
-        alone_s = min(alone_s, through_s - worker.queue_s - step_s)  # of all workers: a lost one is no excuse
-        if worker.healthy:
+        if worker.healthy and request.prompt_tokens <= worker.max_prompt_tokens:
+            through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens)
+            alone_s = min(alone_s, through_s - worker.queue_s - step_s)
             remote_s = through_s + space_s if remote_s is None else min(remote_s, through_s + space_s)
             wait_s = min(wait_s, worker.queue_s + space_s)
 

@@ -127,14 +127,14 @@ def latency(
         if not room:
             return Local("queue_full")
 
-    if prompt.only_offload:
-        return Offload(room, "only_offload")
     worker, overlap = _find(snapshot, room[0])
     local_s, harm_s = local_ttft_s(snapshot), decode_harm_s(snapshot)
     remote_s = remote_ttft_s(snapshot, worker, overlap, chunk_tokens=chunk_tokens)
     budget = decode.held_kv_budget_tokens
     if budget is not None and decode.held_kv_tokens and decode.held_kv_tokens + prompt.uncached_tokens > budget:
         return Local("kv_budget", local_s, remote_s, harm_s)
+    if prompt.only_offload:
+        return Offload(room, "only_offload", local_s, remote_s, harm_s)
     margin = hysteresis if _stayed(snapshot.previous, prompt) else 0.0
     if not remote_s < (local_s + decode_harm_weight * harm_s) * (1.0 - margin):
         return Local("local_faster", local_s, remote_s, harm_s)
