@@ -25,6 +25,7 @@ from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent
 from disagg_plugin.control.messages import AnyMessage, Hello, Ready
 from disagg_plugin.control.offloads import Offloads
+from disagg_plugin.control.own_pauses import OwnPauses
 from disagg_plugin.control.ring_regions import RingRegions
 from disagg_plugin.control.worker_directory import (
     LOOK_AGAIN_S,
@@ -92,6 +93,7 @@ class PrefillWorkers:
             ring_slots=min([e.ring_slots for e in hello.endpoints], default=0), slots_each=hello.region_slots
         )
         self._said_exhausted = False
+        self._pauses = OwnPauses(settings.side_channel.heartbeat_s)
         self._links: dict[str, WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[DecodeEvent] = deque()
@@ -209,8 +211,9 @@ class PrefillWorkers:
     def sweep(self) -> None:
         """Heartbeats out, silent workers lost, rows as of now; called every heartbeat interval."""
         now_s = self._clock()
+        away_s = self._pauses.since_last_look_s(now_s)
         for link in list(self._links.values()):
-            link.heartbeat()
+            link.heartbeat(away_s)
             if link.left_s is not None and (link.welcome is None or now_s - link.left_s > LEAVE_AFTER_S):
                 self._remove(link)
         self._publish()

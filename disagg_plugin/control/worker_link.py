@@ -44,6 +44,7 @@ from disagg_plugin.control.messages import (
     Started,
     Welcome,
 )
+from disagg_plugin.control.own_pauses import excused
 from disagg_plugin.control.received_load import ReceivedLoad
 from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
@@ -158,10 +159,16 @@ class WorkerLink:
         if self.client is not None:
             self.client.send(message)
 
-    def heartbeat(self) -> None:
-        """Say that we live, notice that it does not; called every heartbeat interval."""
+    def heartbeat(self, away_s: float = 0.0) -> None:
+        """Say that we live, notice that it does not; called every heartbeat interval.
+
+        Args:
+            away_s: In which we could not have heard it, as our thread did not run.
+        """
+        now_s = self.around.clock()
+        self._heard_s = excused(self._heard_s, away_s, now_s)
         if self.welcome is not None:
-            if self.around.clock() - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
+            if now_s - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
                 self.lose(Health.SILENT, "peer_silent")
             else:
                 self.send(Heartbeat(self.hello.epoch))
