@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
@@ -24,6 +24,8 @@ from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
+from disagg_vllm.prefix_cache import can_look_up
 from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
@@ -47,6 +49,7 @@ class SchedulerSide:
         self._settings = settings
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
+        self._looks_up = False
         self._load = LoadTracker()
         self._step = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
@@ -75,6 +78,9 @@ class SchedulerSide:
 
     def bind_block_pool(self, block_pool: "BlockPool") -> None:
         self._block_pool = block_pool
+        self._looks_up = can_look_up(block_pool)
+        if not self._looks_up:
+            logger.warning("disagg: this vLLM's prefix cache cannot be looked into: prompts are decided on late")
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
         """All workers have registered their caches: start the side channel, or say once why not."""
@@ -148,16 +154,20 @@ class SchedulerSide:
         self._spans.remember(request.request_id, request.trace_headers)
         if self._queue is not None:
             self._queue.arrived(request.request_id, request.num_prompt_tokens, request.priority)
-        if self._prefill is None:
-            return
         prompt_tokens = request.num_prompt_tokens
-        transfer_id = transfer_id_of(request.kv_transfer_params)
-        ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
-        if ours or self._decode is None:  # else the decode role decides first whether it is computed here
+        ours = False
+        if self._prefill is not None:
+            transfer_id = transfer_id_of(request.kv_transfer_params)
+            ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+            if (prompt := _held_prompt(request)) is not None:
+                self._prompts[request.request_id] = prompt
+        if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens)
-        if (prompt := _held_prompt(request)) is not None:
-            self._prompts[request.request_id] = prompt
-        self._publish_load()
+        elif self._looks_up:
+            assert self._block_pool is not None
+            self._answer(request, cached_tokens_of(self._block_pool, request, self._block_size), self._decode)
+        if self._prefill is not None:
+            self._publish_load()
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
@@ -165,6 +175,16 @@ class SchedulerSide:
             self._queue.cached(request.request_id, cached_tokens)
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
             return 0, False
+        match self._answer(request, cached_tokens, self._decode):
+            case Claim(tokens):
+                return tokens, True
+            case NotYet():
+                return None, False
+            case _:
+                return 0, False
+
+    def _answer(self, request: "Request", cached_tokens: int, decode: DecodeSide) -> Answer:
+        """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
         prompt = PromptView(
             request_id=request.request_id,
             token_ids=request.prompt_token_ids or (),
@@ -176,16 +196,10 @@ class SchedulerSide:
             priority=request.priority,
             only_offload=routing_of(request) == ONLY_OFFLOAD,
         )
-        answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        answer = decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
         if self._queue is not None:
             self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
-        match answer:
-            case Claim(tokens):
-                return tokens, True
-            case NotYet():
-                return None, False
-            case _:
-                return 0, False
+        return answer
 
     def allocated(self, request: "Request", block_ids: tuple[int, ...], external_tokens: int) -> None:
         if self._decode is not None:
