@@ -108,9 +108,9 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, targets: Sequence[str], *, rules: Sequence[Path] = ()) -> Iterator[Prometheus]:
-    """Prometheus scraping ``targets`` (URLs) five times a second."""
+    """Prometheus scraping ``targets`` (URLs) every second, which is also how long a scrape may take."""
     settings = {
-        "global": {"scrape_interval": "200ms", "evaluation_interval": "200ms"},
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(path) for path in rules],
         "scrape_configs": [
             {"job_name": "disagg", "static_configs": [{"targets": [t.removeprefix("http://") for t in targets]}]}

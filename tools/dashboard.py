@@ -122,6 +122,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             quantiles("disagg_ttft_estimate_ratio", "path"),
             about="1: the prediction was right; above: slower than predicted.",
         ),
+        Panel(
+            "Error of the latency model",
+            ((f"max by (model, worker) (disagg_latency_model_error_ratio{{{WHERE}}})", "{{model}} {{worker}}"),),
+            "percentunit",
+            about="Mean relative error of its predictions, before each sample was learned.",
+        ),
         Panel("Policy errors", rate("disagg_policy_errors_total", "policy", "error"), "ops"),
         Panel("Fallbacks by cause", rate("disagg_fallbacks_total", "cause"), "ops"),
         Panel(

@@ -384,6 +384,7 @@ class DecodeSide:
         return {
             "decisions": dict(self.decisions),
             "policies": self._decisions.policies(),
+            "model_errors": self._load.model.errors(),
             "fallbacks": dict(self.fallbacks),
             "totals": dict(self.totals),
             "open_transfers": sum(t.state not in OVER for t in list(self._by_request.values())),

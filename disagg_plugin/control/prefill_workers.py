@@ -311,7 +311,11 @@ class PrefillWorkers:
     def figures(self) -> dict[str, object]:
         """The part of it that metrics are made from, several times a second."""
         links = list(self._links.values())
-        return {"counters": dict(self.counters), "workers": {link.name: link.figures() for link in links}}
+        return {
+            "counters": dict(self.counters),
+            "workers": {link.name: link.figures() for link in links},
+            "model_errors": self._latency.errors(),
+        }
 
     def snapshot(self) -> dict[str, object]:
         """The debug view."""

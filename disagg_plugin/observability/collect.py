@@ -157,6 +157,9 @@ class Collector:
                 self._increase(deltas, value, *target)
         for answer, value in (view.get("prefill_service") or {}).items():
             self._increase(deltas, value, "disagg_offers_answered_total", answer)
+        for models in (decode.get("model_errors"), (view.get("prefill_workers") or {}).get("model_errors")):
+            for model, errors in (models or {}).items():
+                gauges |= {series_key("disagg_latency_model_error_ratio", model, name): e for name, e in errors.items()}
         self._send_gauges(deltas, gauges)
 
     def _read_decode(self, deltas: Deltas, decode: View) -> None:

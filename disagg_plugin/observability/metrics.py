@@ -68,6 +68,12 @@ _TABLE: tuple[Metric, ...] = (
     _gauge("disagg_stats_timestamp_seconds", "Unix time at which the engine last sent figures; it sends none idle."),
     # decisions
     _count("disagg_decisions_total", "Decisions on where a prompt is prefilled, by reason.", "reason"),
+    _gauge(
+        "disagg_latency_model_error_ratio",
+        "Mean relative error of what the latency model predicted, before it learned the sample.",
+        "model",
+        "worker",
+    ),
     _count("disagg_policy_errors_total", "Failures of policies: late, raised, nonsense.", "policy", "error"),
     _count("disagg_fallbacks_total", "Offloads that failed and were repaired by local prefill.", "cause"),
     _times(

@@ -139,6 +139,17 @@ def test_peers_by_health_and_the_failures_of_their_links():
     assert deltas.counters[KEY("disagg_peer_events_total", "peer_silent")] == 1
 
 
+def test_the_latency_models_errors_are_those_of_both_threads():
+    here = {"prefill": {"here": 0.25}, "decode": {"here": 0.5}}
+    there = {"transfer": {"p:1": 0.75}}
+    gauges = Scheduler(decode={"model_errors": here}, prefill_workers={"model_errors": there}).later().gauges
+    found = {
+        key: gauges[KEY("disagg_latency_model_error_ratio", *key)] for key in (("prefill", "here"), ("decode", "here"))
+    }
+    assert found == {("prefill", "here"): 0.25, ("decode", "here"): 0.5}
+    assert gauges[KEY("disagg_latency_model_error_ratio", "transfer", "p:1")] == 0.75
+
+
 def test_failures_of_policies_carry_policy_and_error():
     policies = {"failures": {"offload mine": {"late": 2, "raised": 1}}, "builtin_errors": 1}
     counters = Scheduler(decode={"policies": policies}).later().counters
