@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
+    "connectors/disagg_sglang",
     "connectors/disagg_vllm",
     "disagg_plugin",
     "disagg_plugin/admission",

@@ -1,30 +1,32 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
-from disagg_plugin.control.step_times import PromptWork, StepWork
+from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
-from disagg_plugin.observability.collect import Collector
 from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
+from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
+from disagg_vllm.prefix_cache import can_look_up
+from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
 
@@ -47,6 +49,7 @@ class SchedulerSide:
         self._settings = settings
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
+        self._looks_up = False
         self._load = LoadTracker()
         self._step = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
@@ -55,16 +58,19 @@ class SchedulerSide:
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
         self._journal = Journal()
-        self._collector: Collector | None = None
-        self._live_requests = 0
-        self._at_rest = False
-        self._stats_failures = 0
         self._endpoints: tuple[RankEndpoint, ...] = ()
-        # what on_engine_state's callbacks get in the API server: asked once per stats interval
-        self.engine_state: Callable[[], dict[str, Any] | None] | None = None
+        self.figures = SchedulerStats(
+            settings,
+            self._journal,
+            self._figures,
+            ring_slots=lambda: sum(endpoint.ring_slots for endpoint in self._endpoints),
+            ranks=lambda: len(self._endpoints),
+        )
+        self._spans = TransferSpans(active_tracer())
+        self._journal.on_transfer_over(self._spans.transfer_over)
         self._queue: EngineQueue | None = None
         if settings.qos.enable_early_rejection:
-            self._queue, self.engine_state = EngineQueue(), self._engine_state
+            self._queue, self.figures.engine_state = EngineQueue(), self._engine_state
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -72,6 +78,9 @@ class SchedulerSide:
 
     def bind_block_pool(self, block_pool: "BlockPool") -> None:
         self._block_pool = block_pool
+        self._looks_up = can_look_up(block_pool)
+        if not self._looks_up:
+            logger.warning("disagg: this vLLM's prefix cache cannot be looked into: prompts are decided on late")
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
         """All workers have registered their caches: start the side channel, or say once why not."""
@@ -136,23 +145,29 @@ class SchedulerSide:
         if self._service is not None:
             self._service.close()
             self._service = None
+        self._spans.close()
 
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        self._live_requests += 1
+        self.figures.request_came()
+        self._spans.remember(request.request_id, request.trace_headers)
         if self._queue is not None:
             self._queue.arrived(request.request_id, request.num_prompt_tokens, request.priority)
-        if self._prefill is None:
-            return
         prompt_tokens = request.num_prompt_tokens
-        transfer_id = transfer_id_of(request.kv_transfer_params)
-        ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
-        if ours or self._decode is None:  # else the decode role decides first whether it is computed here
+        ours = False
+        if self._prefill is not None:
+            transfer_id = transfer_id_of(request.kv_transfer_params)
+            ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+            if (prompt := _held_prompt(request)) is not None:
+                self._prompts[request.request_id] = prompt
+        if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens)
-        if (prompt := _held_prompt(request)) is not None:
-            self._prompts[request.request_id] = prompt
-        self._publish_load()
+        elif self._looks_up:
+            assert self._block_pool is not None
+            self._answer(request, cached_tokens_of(self._block_pool, request, self._block_size), self._decode)
+        if self._prefill is not None:
+            self._publish_load()
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
@@ -160,26 +175,31 @@ class SchedulerSide:
             self._queue.cached(request.request_id, cached_tokens)
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
             return 0, False
-        prompt = PromptView(
-            request_id=request.request_id,
-            token_ids=request.prompt_token_ids or (),
-            local_only=local_only_reason(request),
-            http_fields=_http_fields(request),
-            cache_salt=request.cache_salt or "",
-            lora=request.lora_request.lora_name if request.lora_request is not None else "",
-            priority=request.priority,
-            only_offload=routing_of(request) == ONLY_OFFLOAD,
-        )
-        answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
-        if self._queue is not None:
-            self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
-        match answer:
+        match self._answer(request, cached_tokens, self._decode):
             case Claim(tokens):
                 return tokens, True
             case NotYet():
                 return None, False
             case _:
                 return 0, False
+
+    def _answer(self, request: "Request", cached_tokens: int, decode: DecodeSide) -> Answer:
+        """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
+        prompt = PromptView(
+            request_id=request.request_id,
+            token_ids=request.prompt_token_ids or (),
+            local_only=local_only_reason(request),
+            http_fields=_http_fields(request),
+            http_headers=tuple(self._spans.headers_of(request.request_id).items()),
+            cache_salt=request.cache_salt or "",
+            lora=request.lora_request.lora_name if request.lora_request is not None else "",
+            priority=request.priority,
+            only_offload=routing_of(request) == ONLY_OFFLOAD,
+        )
+        answer = decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        if self._queue is not None:
+            self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
+        return answer
 
     def allocated(self, request: "Request", block_ids: tuple[int, ...], external_tokens: int) -> None:
         if self._decode is not None:
@@ -206,21 +226,14 @@ class SchedulerSide:
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        prompts: list[PromptWork] = []
-        decodes = context_tokens = 0
-        for request_id, before in computed.items():
-            after = before + output.num_scheduled_tokens[request_id]
-            work = self._load.computes(request_id, before, after)
-            if self._queue is not None:
-                self._queue.computed(request_id, after)
-            if work is not None and self._prefill is not None:
+        scheduled = output.num_scheduled_tokens
+        if self._queue is not None:
+            for request_id, before in computed.items():
+                self._queue.computed(request_id, before + scheduled[request_id])
+        steps = ((request_id, before, before + scheduled[request_id]) for request_id, before in computed.items())
+        for work in self._load.step_of(self._step, steps):
+            if self._prefill is not None:
                 self._export(output, work, self._prefill)
-            if work is not None and work.new_tokens > 1:
-                prompts.append(work)
-            else:  # one token costs what a decode costs, also a prompt's last one behind KV that came from elsewhere
-                decodes += 1
-                context_tokens += after
-        self._load.step_built(self._step, StepWork(tuple(prompts), decodes, context_tokens))
         if self._prefill is not None:
             self._publish_load()
 
@@ -252,7 +265,7 @@ class SchedulerSide:
 
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
-        self._live_requests -= 1
+        self.figures.request_ended()
         if self._queue is not None:
             self._queue.finished(request.request_id)
         if self._decode is not None:
@@ -272,32 +285,8 @@ class SchedulerSide:
         return self._prefill is not None and self._prefill.holds_blocks
 
     def stats(self) -> DisaggStats | None:
-        """What the API server should hear after this step, or None; an exception here would end the engine."""
-        try:
-            return self._collect()
-        except Exception:
-            self._stats_failures += 1
-            if self._stats_failures == 1:
-                logger.exception("disagg: no figures can be collected; further failures are not logged")
-            return None
-
-    def _collect(self) -> DisaggStats | None:
-        if self._collector is None:
-            self._collector = self._make_collector()
-        at_rest = self._live_requests <= 0 and not self.needs_steps
-        comes_to_rest, self._at_rest = at_rest and not self._at_rest, at_rest
-        deltas = self._collector.collect(at_rest=comes_to_rest)
-        return DisaggStats(deltas.data) if deltas is not None else None
-
-    def _make_collector(self) -> Collector:
-        return Collector(
-            self._figures,
-            self._journal,
-            interval_s=self._settings.observability.stats_interval_s,
-            ring_slots=sum(endpoint.ring_slots for endpoint in self._endpoints),
-            private_buffers=self._settings.transfer.region_slots * len(self._endpoints),
-            engine_state=lambda: self.engine_state() if self.engine_state is not None else None,
-        )
+        """What the API server should hear after this step."""
+        return self.figures.take(needs_steps=self.needs_steps)
 
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
@@ -307,9 +296,7 @@ class SchedulerSide:
         if self._prefill is not None:
             view["prefill"] = self._prefill.figures()
         if self._service is not None:
-            view |= self._service.links()
-            if self._service.prefill is not None:
-                view["prefill_service"] = dict(self._service.prefill.counters)
+            view |= self._service.figures()
         return view
 
     def _engine_state(self) -> dict[str, Any] | None:

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import EngineStateListener, Frontend
 from disagg_plugin.observability.metrics import Instrument, Kind, MetricSet, make_instrument
+from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_vllm import CONNECTOR_NAMES
+from disagg_vllm.settings import settings_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -114,9 +117,18 @@ def make_frontend(
         _frontend = Frontend(
             _metric_set,
             model_name=str(vllm_config.model_config.served_model_name),
+            objective=_observability(vllm_config).slo_objective,
             sees_all_stats=getattr(parallel, "_api_process_count", 1) == 1,
         )
     return _frontend
+
+
+def _observability(vllm_config: "VllmConfig") -> ObservabilitySettings:
+    """The settings' section; the defaults where they cannot be read, which the engine core says, and does not start."""
+    try:
+        return settings_of(vllm_config.kv_transfer_config).observability
+    except ConfigError:
+        return ObservabilitySettings()
 
 
 def names_disagg(vllm_config: Any) -> bool:

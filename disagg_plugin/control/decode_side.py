@@ -29,6 +29,7 @@ from disagg_plugin.control.events import (
     PrefillStarted,
 )
 from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.offload_call import transfer_id_in
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions
 from disagg_plugin.kv.commands import (
     AbandonReceive,
@@ -40,6 +41,8 @@ from disagg_plugin.kv.commands import (
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
 from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.ranges import profile_range
+from disagg_plugin.serving.decision_record import DecisionRecord
 from disagg_policies.snapshots import Local
 
 RECENT_TRANSFERS = 256
@@ -219,26 +222,42 @@ class DecodeSide:
             self.decisions[prompt.local_only] += 1
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, cached_tokens, prompt.local_only)
-        record = self._decisions.decide(
-            prompt,
-            cached_tokens,
-            free_tokens=free_tokens,
-            promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
-        )
+        if prompt.route is not None:
+            self._journal.decided(prompt.request_id, "offloaded", None)
+            return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed", None)
+        with profile_range("disagg decide"):
+            record = self._decisions.decide(
+                prompt,
+                cached_tokens,
+                free_tokens=free_tokens,
+                promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
+            )
         decision = record.decision
-        self.decisions[decision.reason] += 1
         if isinstance(decision, Local):
+            self.decisions[decision.reason] += 1
             self._journal.decided(prompt.request_id, "local", decision.local_ttft_s)
             return self._stay(prompt, cached_tokens, decision.reason)
         self._journal.decided(prompt.request_id, "offloaded", decision.remote_ttft_s)
+        return self._offer(prompt, cached_tokens, decision.workers, decision.reason, record)
+
+    def _offer(
+        self,
+        prompt: PromptView,
+        cached_tokens: int,
+        workers: tuple[str, ...],
+        reason: str,
+        record: DecisionRecord | None,
+    ) -> Answer:
+        self.decisions[reason] += 1
         transfer = Transfer(
             request_id=prompt.request_id,
-            transfer_id=secrets.token_bytes(16),
+            transfer_id=transfer_id_in(prompt.route.room) if prompt.route else secrets.token_bytes(16),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
             cached_tokens=cached_tokens,
             offered_s=self._clock(),
-            reason=decision.reason,
+            reason=reason,
+            asked_s=self._clock() - (record.took_s if record is not None else 0.0),
             completed=True,
             record=record,
         )
@@ -249,11 +268,13 @@ class DecodeSide:
             OfferCall(
                 transfer_id=transfer.transfer_id,
                 nonce=transfer.nonce,
-                workers=decision.workers,
+                workers=workers,
                 token_ids=prompt.token_ids,
                 cached_tokens=cached_tokens,
                 http_fields=prompt.http_fields,
+                http_headers=prompt.http_headers,
                 priority=prompt.priority,
+                post=prompt.route is None,
             )
         )
         return NotYet()
@@ -294,6 +315,7 @@ class DecodeSide:
             self.totals["aborted"] += 1
         else:
             self.fallbacks[reason] += 1
+            transfer.given_up_s = self._clock()
             self._journal.fell_back(transfer.request_id)
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))

@@ -51,6 +51,8 @@ class Transfer:
     prompt_tokens: int
     cached_tokens: int
     offered_s: float
+    asked_s: float = 0.0  # before the policies
+    given_up_s: float = 0.0
     state: State = State.OFFERED
     peer: str = ""
     reason: str = "over_threshold"
@@ -88,11 +90,13 @@ class Transfer:
             "prompt_tokens": self.prompt_tokens,
             "first_token": self.first_token,
             "end_token": self.end_token,
+            "asked_s": self.asked_s,
             "offered_s": self.offered_s,
             "accepted_s": self.accepted_s,
             "started_s": self.started_s,
             "ready_s": self.ready_s,
             "landed_s": self.landed_s,
+            "given_up_s": self.given_up_s,
             "prefill_ended_s": self.prefill_ended_s,
             **(asdict(self.arrival) if self.arrival else {}),
         }

@@ -25,6 +25,7 @@ from disagg_plugin.control.events import (
     TicketOffered,
     TicketReady,
 )
+from disagg_plugin.control.offload_call import prompt_digest, room_of
 from disagg_plugin.kv.commands import (
     AddPeer,
     Command,
@@ -110,15 +111,28 @@ class PrefillSide:
 
     # -- the engine's scheduler tells ------------------------------------------------------------------------------
 
-    def new_request(self, request_id: str, transfer_id: bytes, prompt_tokens: int) -> bool:
-        """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one)."""
+    def offered_in_room(self, room: int) -> bytes | None:
+        """The transfer whose prompt arrives under this number, where HTTP cannot carry a whole transfer id."""
+        self._drain()
+        waiting = (t for t in self._tickets.values() if not t.request_id and t.state not in OVER)
+        return next((t.offer.transfer_id for t in waiting if room_of(t.offer.transfer_id) == room), None)
+
+    def new_request(
+        self, request_id: str, transfer_id: bytes, prompt_tokens: int, *, prompt: Sequence[int] = ()
+    ) -> bool:
+        """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one).
+
+        Args:
+            prompt: Its token ids, compared with the offer's digest where that has one.
+        """
         self._drain()
         self._port.arrived(transfer_id)
         ticket = self._tickets.get(transfer_id)
         if ticket is None or ticket.request_id or ticket.state in OVER:
             self.totals["unknown_transfer_ids"] += 1
             return False
-        if ticket.offer.prompt_tokens != prompt_tokens:
+        digest = ticket.offer.prompt_digest
+        if ticket.offer.prompt_tokens != prompt_tokens or (digest and digest != prompt_digest(prompt)):
             self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
             return False
         ticket.request_id = request_id

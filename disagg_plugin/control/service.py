@@ -22,6 +22,7 @@ from disagg_plugin.control.messages import (
     PRIORITY,
     PROTOCOL_VERSION,
     AnyMessage,
+    EngineKind,
     Hello,
     ModelIdentity,
     Snapshot,
@@ -47,6 +48,7 @@ class EngineFacts:
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
         by_priority: It schedules requests by priority.
+        kind, bootstrap_port: See ``Welcome``.
     """
 
     model: ModelIdentity
@@ -56,6 +58,8 @@ class EngineFacts:
     dp_rank: int = 0
     prefix_capacity_tokens: int = 0
     by_priority: bool = False
+    kind: EngineKind = "vllm"
+    bootstrap_port: int = 0
 
 
 class ControlService:
@@ -147,11 +151,21 @@ class ControlService:
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             **self._snapshot(),
-            **self.links(),
+            **self._links(),
         }
 
-    def links(self) -> dict[str, object]:
-        """The part of it about the links to peers."""
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        view: dict[str, object] = {}
+        if self._server is not None:
+            view["side_channel"] = dict(self._server.counters)
+        if self.prefill is not None:
+            view["prefill_service"] = dict(self.prefill.counters)
+        if self.decode is not None:
+            view["prefill_workers"] = self.decode.figures()
+        return view
+
+    def _links(self) -> dict[str, object]:
         view: dict[str, object] = {}
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
@@ -174,6 +188,8 @@ class ControlService:
                 endpoints=facts.endpoints,
                 max_prompt_tokens=facts.max_prompt_tokens,
                 prefill_queue_max=self._settings.split_policy.prefill_queue_max,
+                kind=facts.kind,
+                bootstrap_port=facts.bootstrap_port,
             ),
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,

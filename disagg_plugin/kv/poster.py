@@ -30,6 +30,7 @@ class Posted:
     chunk: StagedChunk
     deadline_s: float
     handle: WriteHandle | None = None
+    since_s: float = 0.0  # the first attempt
     posted_s: float = 0.0
     wire_s: float = 0.0
     attempt: int = 0
@@ -95,7 +96,7 @@ class Poster:
         if self._links.get(chunk.link.agent) is not chunk.link:
             return
         now = self._clock()
-        posted = Posted(chunk, now + self._stall_timeout_s, posted_s=now)
+        posted = Posted(chunk, now + self._stall_timeout_s, since_s=now)
         self._posted[chunk.link.agent, chunk.slot] = posted
         seal(self._memory(chunk))
         self._write(posted)
@@ -179,7 +180,7 @@ class Poster:
         posted, now = self._posted.pop(key), self._clock()
         chunk = posted.chunk
         if failure is None:
-            add_duration(self._counters, CHUNK_WRITE, now - posted.posted_s, CHUNK_SECONDS)
+            add_duration(self._counters, CHUNK_WRITE, now - posted.since_s, CHUNK_SECONDS)
         self._emit(ChunkDone(chunk.link, chunk.slot, chunk.transfer_id, failure, now, posted.wire_s))
 
     def _memory(self, chunk: StagedChunk) -> Bytes:

@@ -206,11 +206,12 @@ class Collector:
                 self._increase(deltas, value, "disagg_offload_failures_total", name.removeprefix("failed_"))
             else:
                 self._increase(deltas, value, "disagg_peer_events_total", name)
-        states = dict.fromkeys(("healthy", "suspect", "gone"), 0)
+        states = {"healthy": 0}  # said also when nobody is
         workers = links.get("workers") or {}
         for peer, worker in workers.items():
-            states[state := peer_state(worker)] += 1
-            gauges[series_key("disagg_peer_up", peer)] = state == "healthy"
+            state = str(worker.get("state") or ("healthy" if worker.get("healthy") else "gone"))
+            states[state] = states.get(state, 0) + 1
+            gauges[series_key("disagg_peer_up", peer)] = bool(worker.get("healthy"))
             gauges[series_key("disagg_peer_queued_requests", peer)] = worker.get("queued_requests", 0)
         if "prefill_workers" in view:
             gauges |= {series_key("disagg_peers", "prefill", state): n for state, n in states.items()}
@@ -248,16 +249,6 @@ class Collector:
             deltas.gauges[key] = 0
         deltas.gauges.update({key: float(value) for key, value in gauges.items()})
         self._gauges = {key for key, value in gauges.items() if value}
-
-
-def peer_state(worker: View) -> str:
-    """``healthy``, ``suspect`` (no new offloads for now) or ``gone``, of a worker in the debug snapshot."""
-    state = worker.get("health")
-    if state in ("healthy", "suspect"):
-        return str(state)
-    if worker.get("suspect"):
-        return "suspect"
-    return "healthy" if worker.get("healthy") else "gone"
 
 
 def _observe_phases(deltas: Deltas, role: str, row: Row) -> None:

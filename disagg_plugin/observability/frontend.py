@@ -36,6 +36,7 @@ class Frontend:
         metrics: MetricSet,
         *,
         model_name: str,
+        objective: float = 0.95,
         clock: Callable[[], float] = time.monotonic,
         sees_all_stats: bool = True,
     ) -> None:
@@ -56,7 +57,8 @@ class Frontend:
         self._engines: dict[int, Deltas] = {}
         self._admission: Counter[tuple[str, str, str]] = Counter()
         self._degraded: Counter[tuple[str, str]] = Counter()
-        self.slo = SloTracker({DEFAULT_CLASS: SloTarget()}, default_class=DEFAULT_CLASS, clock=clock)
+        self.slo: SloTracker
+        self.configure_slo({DEFAULT_CLASS: SloTarget()}, default_class=DEFAULT_CLASS, objective=objective)
 
     def configure_slo(self, targets: Mapping[str, SloTarget], *, default_class: str, objective: float = 0.95) -> None:
         """Set the classes; before the first request."""

@@ -4,7 +4,7 @@ One thread (the scheduler's) writes and drains. All of it is bounded; what does 
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from disagg_plugin.observability.deltas import MAX_NOTES, Note
 from disagg_plugin.observability.slo import Path
@@ -23,6 +23,11 @@ class Journal:
         self._transfers: deque[tuple[str, Row]] = deque()
         self.dropped_notes = 0
         self.dropped_transfers = 0
+        self._listener: Callable[[str, Row], None] | None = None
+
+    def on_transfer_over(self, listener: Callable[[str, Row], None]) -> None:
+        """Tell ``listener`` of each transfer too, at once: it must not take long."""
+        self._listener = listener
 
     @property
     def has_notes(self) -> bool:
@@ -42,6 +47,8 @@ class Journal:
 
     def transfer_over(self, role: str, row: Row) -> None:
         """A transfer that ended, however, as the role describes it in its snapshot."""
+        if self._listener is not None:
+            self._listener(role, row)
         if len(self._transfers) < MAX_TRANSFERS:
             self._transfers.append((role, row))
         else:

@@ -160,7 +160,7 @@ _TABLE: tuple[Metric, ...] = (
     _gauge(
         "disagg_latency_quantile_seconds",
         "Quantiles of the last 5 minutes of one API server (t-digest).",
-        *("slo_class", "path", "what", "quantile"),
+        *("slo_class", "path", "what", "q"),
         scope="frontend",
     ),
     # admission

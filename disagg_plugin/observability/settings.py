@@ -17,4 +17,3 @@ class ObservabilitySettings(SettingsSection):
     slo_objective: float = Field(
         default=0.95, gt=0, lt=1, description="Share of requests meant to meet their SLOs; burn rate 1 uses it up."
     )
-    nvtx: bool = Field(default=True, description="NVTX ranges, where torch has CUDA; they cost nothing unobserved.")

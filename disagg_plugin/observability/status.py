@@ -108,7 +108,7 @@ def _class(scrape: Scrape, name: str) -> View:
 
     quantiles: View = {}
     for labels, value in scrape.samples("disagg_latency_quantile_seconds", slo_class=name):
-        quantiles.setdefault(labels["path"], {}).setdefault(labels["what"], {})[labels["quantile"]] = value
+        quantiles.setdefault(labels["path"], {}).setdefault(labels["what"], {})[labels["q"]] = value
     return {
         "targets_s": scrape.by("disagg_slo_target_seconds", "slo", slo_class=name),
         "attainment": per_window("disagg_slo_attainment_ratio", "excluded"),

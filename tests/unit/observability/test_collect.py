@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_plugin.observability.collect import Collector, peer_state
+from disagg_plugin.observability.collect import Collector
 from disagg_plugin.observability.deltas import Deltas, series_key
 from disagg_plugin.observability.journal import MAX_TRANSFERS, Journal
 
@@ -126,30 +126,17 @@ def test_why_the_plugin_is_inactive_is_a_label():
 
 def test_peers_by_health_and_the_failures_of_their_links():
     workers = {
-        "a": {"healthy": True, "queued_requests": 3},
-        "b": {"healthy": False, "problem": "unreachable"},
-        "c": {"healthy": False, "suspect": True},
+        "a": {"healthy": True, "state": "healthy", "queued_requests": 3},
+        "b": {"healthy": False, "state": "connecting"},
+        "c": {"healthy": False, "state": "suspect"},
     }
     counters = {"failed_offer_timeout": 2, "peer_silent": 1}
     deltas = Scheduler(prefill_workers={"counters": counters, "workers": workers}).later()
-    states = {s: deltas.gauges[KEY("disagg_peers", "prefill", s)] for s in ("healthy", "suspect", "gone")}
-    assert states == {"healthy": 1, "suspect": 1, "gone": 1}
+    states = {s: deltas.gauges[KEY("disagg_peers", "prefill", s)] for s in ("healthy", "suspect", "connecting")}
+    assert states == {"healthy": 1, "suspect": 1, "connecting": 1}
     assert [deltas.gauges[KEY("disagg_peer_up", peer)] for peer in "abc"] == [1, 0, 0]
     assert deltas.counters[KEY("disagg_offload_failures_total", "offer_timeout")] == 2
     assert deltas.counters[KEY("disagg_peer_events_total", "peer_silent")] == 1
-
-
-@pytest.mark.parametrize(
-    ("worker", "state"),
-    [
-        ({"health": "suspect", "healthy": True}, "suspect"),
-        ({"health": "gone", "healthy": False}, "gone"),
-        ({"healthy": True}, "healthy"),
-        ({}, "gone"),
-    ],
-)
-def test_health_is_read_from_either_form(worker: dict[str, Any], state: str):
-    assert peer_state(worker) == state
 
 
 def test_failures_of_policies_carry_policy_and_error():

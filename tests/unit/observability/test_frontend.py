@@ -131,7 +131,7 @@ def test_gauges_are_brought_up_to_date_once_a_second():
     bench.finish("a")
     bench.now_s = 0.5
     bench.frontend.refresh()
-    labels = {"slo_class": "low", "path": "local", "what": "ttft", "quantile": "0.5"}
+    labels = {"slo_class": "low", "path": "local", "what": "ttft", "q": "0.5"}
     assert bench.sample("disagg_latency_quantile_seconds", **labels) is None
     bench.now_s = 1.0
     bench.frontend.refresh()

@@ -168,6 +168,16 @@ def test_among_several_api_servers_a_request_without_a_note_has_an_unknown_path(
     assert registry.get_sample_value("disagg_slo_requests_total", labels) == 1
 
 
+def test_the_objective_stands_beside_the_outcomes_before_the_first_request(registry: CollectorRegistry):
+    stat_logger(config(observability={"slo_objective": 0.99}))
+    assert registry.get_sample_value("disagg_slo_objective_ratio", {"model_name": "tiny"}) == 0.99
+
+
+def test_settings_that_cannot_be_read_leave_the_objective_at_its_default(registry: CollectorRegistry):
+    stat_logger(config(observability={"slo_objective": 7}))
+    assert registry.get_sample_value("disagg_slo_objective_ratio", {"model_name": "tiny"}) == 0.95
+
+
 @pytest.mark.usefixtures("registry")
 def test_without_the_connector_the_stat_logger_does_nothing():
     logger = stat_logger(config(None))
