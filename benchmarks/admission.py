@@ -89,6 +89,7 @@ async def stub(_scope: Any, receive: Any, send: Any) -> None:
 
 async def run(calls: int) -> dict[str, dict[str, float]]:
     gate = busy_gate()
+    gate.has_exact = True  # as in vLLM
     for _ in range(100):
         gate._ledger.reserve(0, 500, time.monotonic())
     app = AdmissionMiddleware(stub, gate, sets_priority=lambda: True)

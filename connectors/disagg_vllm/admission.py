@@ -105,8 +105,9 @@ def gate() -> Gate | None:
 class _Site:
     """What one API server has of this."""
 
-    def __init__(self, gate: Gate, board: Board | None, memory: PrefixMemory | None) -> None:
+    def __init__(self, gate: Gate, board: Board | None, memory: PrefixMemory | None, *, by_priority: bool) -> None:
         self.gate = gate
+        self.by_priority = by_priority
         self.board = board
         self.memory = memory
 
@@ -135,10 +136,10 @@ def _guard(app: App, scope: Scope) -> App:
     except Exception:
         logger.exception("disagg: early rejection is not active: no gate can be made; every request is admitted")
         return app
-    site, by_priority = _site, config.scheduler_config.policy == "priority"
-    if not by_priority:
+    site = _site
+    if not site.by_priority:
         logger.info("disagg: the engine does not schedule by priority: classes differ in what is refused only")
-    guarded = AdmissionMiddleware(app, site.gate, sets_priority=lambda: by_priority)
+    guarded = AdmissionMiddleware(app, site.gate, sets_priority=lambda: site.by_priority)
 
     async def synced(scope: Scope, receive: Receive, send: Send) -> None:
         site.sync()
@@ -157,7 +158,8 @@ def _make_site(config: Any) -> _Site:
     if getattr(config.parallel_config, "_api_process_count", 1) > 1:
         board = Board(Path(os.environ[BOARD_ENV]))
         gate.also_count(board.work)
-    site = _Site(gate, board, PrefixMemory() if config.cache_config.enable_prefix_caching else None)
+    memory = PrefixMemory() if config.cache_config.enable_prefix_caching else None
+    site = _Site(gate, board, memory, by_priority=config.scheduler_config.policy == "priority")
     on_engine_state(site.heard)
     if (figures := frontend()) is not None:
         targets = {one.name: SloTarget(ttft_s=one.ttft_slo_s, tpot_s=one.tpot_slo_s) for one in gate.book.classes}
@@ -218,6 +220,8 @@ def _check_exactly(request: Any) -> None:
         if cached_tokens is not None:
             ticket.route.saw_cached(len(token_ids), cached_tokens)
         site.memory.remember(hashes, site.gate.kv_capacity_tokens() or 1 << 20)
+    if site.by_priority:
+        request.priority = ticket.service_class.priority
     _classify(request, ticket.service_class.name)
     if (routing := ticket.routing) is not None and request.sampling_params is not None:
         extra = request.sampling_params.extra_args or {}

@@ -103,8 +103,8 @@ class Gate:
 
     Attributes:
         draining: Refuse everybody with 503.
-        has_exact: The second stage is there. It also tells the scheduler about ``never_offload`` and ``only_offload``;
-            without it these steps are left out.
+        has_exact: The second stage is there. It also sets the priority of requests with huge bodies, and tells the
+            scheduler about ``never_offload`` and ``only_offload``; without it these steps are left out.
         observer: Who counts, or None.
         outcomes: By class, stage, outcome and reason.
         degraded: Applied steps, by class and step.

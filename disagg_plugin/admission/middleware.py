@@ -31,6 +31,7 @@ ROUTES = {  # and the fields that limit a response's length there; the engine lo
     "/v1/responses": ("max_output_tokens",),
     "/inference/v1/generate": (),
 }
+HUGE_BYTES = 256 << 10  # to set a field, a body is copied; of one so long, the second stage sets the priority
 DEGRADED_HEADER = b"x-disagg-degraded"
 _USAGE_TAIL_BYTES = 4096
 _USAGE = {
@@ -97,7 +98,8 @@ class AdmissionMiddleware:
         """What to set in the body, and which steps were thereby, or will be, applied."""
         fields: dict[str, object] = {}
         priority = ticket.service_class.priority if self._sets_priority() else 0
-        if (facts.priority or 0) != priority:
+        left_to_the_engine = facts.priority is None and facts.text_bytes > HUGE_BYTES and self.gate.has_exact
+        if (facts.priority or 0) != priority and not left_to_the_engine:
             fields["priority"] = priority
         steps = []
         for step in ticket.steps:

@@ -15,9 +15,9 @@ from models import tiny
 pytestmark = pytest.mark.e2e
 
 CLASSES = {
-    "high": {"ttft_slo_s": 20.0},
+    "high": {"ttft_slo_s": 60.0},
     "normal": {"ttft_slo_s": 10.0},
-    "low": {"ttft_slo_s": 2.0, "degrade": ["max_tokens:4"]},
+    "low": {"ttft_slo_s": 0.6, "degrade": ["max_tokens:4"]},
 }
 LONG = 3_000  # tokens; seconds of prefill here
 
@@ -56,16 +56,16 @@ def fresh(number: int) -> range:
 
 
 def test_a_burst_is_refused_in_part_and_the_urgent_are_served(engine: str) -> None:
-    with ThreadPoolExecutor(20) as pool:
-        low = [pool.submit(ask, engine, fresh(at), priority="low") for at in range(12)]
+    with ThreadPoolExecutor(40) as pool:
+        low = [pool.submit(ask, engine, fresh(at), priority="low") for at in range(30)]
         urgent = [range(20_000 + at * 300, 20_200 + at * 300) for at in range(4)]
         high = [pool.submit(ask, engine, prompt, priority="high") for prompt in urgent]
         low_answers, high_answers = [one.result() for one in low], [one.result() for one in high]
     assert [answer.status_code for answer in high_answers] == [200] * 4
     refused = [answer for answer in low_answers if answer.status_code == 429]
     served = [answer for answer in low_answers if answer.status_code == 200]
-    assert len(refused) + len(served) == 12
-    assert refused
+    assert len(refused) + len(served) == 30
+    assert refused, httpx.get(f"{engine}/disagg/status", timeout=60).text
     assert served
     for answer in refused:
         assert 1 <= int(answer.headers["retry-after"]) <= 60
@@ -78,8 +78,8 @@ def test_a_burst_is_refused_in_part_and_the_urgent_are_served(engine: str) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refused_client_that_retries_is_served_when_load_has_fallen(engine: str, stream: bool) -> None:
-    with ThreadPoolExecutor(8) as pool, openai.OpenAI(base_url=f"{engine}/v1", api_key="k", max_retries=0) as client:
-        busy = [pool.submit(ask, engine, fresh(100 + at + 10 * stream), priority="high") for at in range(6)]
+    with ThreadPoolExecutor(20) as pool, openai.OpenAI(base_url=f"{engine}/v1", api_key="k", max_retries=0) as client:
+        busy = [pool.submit(ask, engine, fresh(100 + at + 20 * stream), priority="high") for at in range(16)]
         asked = {"model": str(tiny()), "prompt": list(fresh(200 + stream)), "max_tokens": 4, "stream": stream}
 
         def ask_until_refused() -> None:
@@ -93,7 +93,7 @@ def test_a_refused_client_that_retries_is_served_when_load_has_fallen(engine: st
             answer: Any = patient.completions.create(**asked, extra_body={"priority": "low"})
             text = "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
         assert text
-        assert [one.result().status_code for one in busy] == [200] * 6
+        assert [one.result().status_code for one in busy] == [200] * 16
 
 
 def test_what_is_no_request_is_answered_by_the_engine(engine: str) -> None:

@@ -309,6 +309,16 @@ def test_a_huge_body_goes_through_whole() -> None:
     assert json.loads(SEEN[0]["body"]) == body
 
 
+@pytest.mark.parametrize("has_exact", [False, True])
+def test_a_huge_body_is_not_copied_for_a_priority_that_the_second_stage_sets(has_exact: bool) -> None:
+    asked = gate(classes={"high": {"ttft_slo_s": 1.0, "priority": -1}}, default_class="high")
+    asked.has_exact = has_exact
+    asked.update(report(1))
+    body = {"prompt": "word " * 400_000}
+    assert ask(asked, body, priority=True)[0] == 200
+    assert json.loads(SEEN[0]["body"]).get("priority") == (None if has_exact else asked.book.classes[0].priority)
+
+
 def test_usage_teaches_the_route() -> None:
     asked = gate()
     for _ in range(20):
