@@ -17,6 +17,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from engines import free_port, serving, vllm_command, vllm_env
+from models import tiny
 
 from disagg_plugin.control.service import fetch_snapshot
 
@@ -56,6 +57,11 @@ class Client:
         response.raise_for_status()
         reply: dict[str, Any] = response.json()
         return reply
+
+
+def tiny_model() -> str:
+    """A random Llama of 4 layers; made on first use."""
+    return str(tiny())
 
 
 def fresh_prompt(tokens: int) -> list[int]:

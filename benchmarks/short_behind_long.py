@@ -18,8 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from models import tiny
-from real_pair import Client, fresh_prompt, start, start_disagg_pair
+from real_pair import Client, fresh_prompt, start, start_disagg_pair, tiny_model
 
 LONG_TOKENS, SHORT_TOKENS = 2_000, 20
 
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--bursts", type=int, default=4)
     parser.add_argument("--gap-s", type=float, default=0.05)
     options = parser.parse_args()
-    model = str(tiny())
+    model = tiny_model()
     folder = Path(tempfile.mkdtemp(prefix="short-behind-long-"))
     result: dict[str, Any] = {}
     with ExitStack() as stack:
