@@ -342,16 +342,17 @@ class DecodeSide:
                     for transfer in list(self._by_request.values()):
                         if transfer.peer == peer:
                             self._abandon(transfer, Event.PEER_LOST, reason)
-                case PrefillAccepted() | PrefillStarted() | PrefillFailed() | PrefillEnded():
+                case PrefillEnded(transfer_id):
+                    if (ended := self._by_transfer.get(transfer_id)) is not None:  # often after its last chunk
+                        ended.prefill_ended_s = self._clock()
+                case PrefillAccepted() | PrefillStarted() | PrefillFailed():
                     if (found := self._by_transfer.get(event.transfer_id)) is not None and found.state not in OVER:
                         try:
                             self._progress(found, event)
                         except IllegalTransition:
                             self._abandon(found, Event.FAIL, "protocol_error")
 
-    def _progress(
-        self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
-    ) -> None:
+    def _progress(self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed) -> None:
         now = self._clock()
         match event:
             case PrefillAccepted(_, peer, eta_s):
@@ -364,8 +365,6 @@ class DecodeSide:
                 transfer.state = advance(transfer.state, Event.START)
             case PrefillFailed(_, reason):
                 self._abandon(transfer, Event.FAIL, reason)
-            case PrefillEnded():
-                transfer.prefill_ended_s = now
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""

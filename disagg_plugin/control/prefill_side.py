@@ -149,8 +149,9 @@ class PrefillSide:
         ticket = self._by_request.get(request_id)
         if ticket is None or ticket.state in OVER:
             return
+        ticket.started_s = ticket.started_s or self._clock()  # Ready may have come before
         if ticket.state is State.ACCEPTED:
-            ticket.state, ticket.started_s = advance(ticket.state, Event.START), self._clock()
+            ticket.state = advance(ticket.state, Event.START)
             self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
         ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
         self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
