@@ -31,7 +31,7 @@ class QosClassSettings(SettingsSection):
         default=None,
         ge=-1000,
         le=1000,
-        description="For the engine's scheduler, smaller is earlier; default: place in the list, default_class at 0.",
+        description="For the engine's scheduler, smaller is earlier; default: -1, 0, 1 for high, normal, low.",
     )
     degrade: tuple[str, ...] = Field(
         default=(),
@@ -92,6 +92,7 @@ def key_digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+USUAL_PRIORITIES = {"high": -1, "normal": 0, "low": 1}  # by name: whatever writes a settings file may sort it
 DEFAULT_CLASSES = {
     "high": QosClassSettings(ttft_slo_s=2.0, tpot_slo_s=0.1),
     "normal": QosClassSettings(ttft_slo_s=5.0, tpot_slo_s=0.2),
@@ -114,7 +115,7 @@ class QosSettings(SettingsSection):
         default=True, description="Refuse what would miss its class's SLO; otherwise serve it late."
     )
     classes: dict[str, QosClassSettings] = Field(
-        default=DEFAULT_CLASSES, min_length=1, max_length=16, description="Classes by name, the most urgent first."
+        default=DEFAULT_CLASSES, min_length=1, max_length=16, description="Classes by name."
     )
     default_class: str = Field(default="normal", description="Class of requests that say nothing.")
     api_keys: tuple[ApiKeySettings, ...] = Field(default=(), description="Keys of known clients, and their classes.")
@@ -143,31 +144,29 @@ class QosSettings(SettingsSection):
         return classes
 
     @model_validator(mode="after")
-    def _classes_are_known_and_in_order(self) -> Self:
+    def _classes_are_known_and_apart(self) -> Self:
         known = "none of the classes: " + ", ".join(self.classes)
         if self.default_class not in self.classes:
             raise ValueError(f"default_class {self.default_class!r} is {known}")
+        priorities = [self._priority(name) for name in self.classes]
+        if None in priorities:
+            unnamed = list(self.classes)[priorities.index(None)]
+            raise ValueError(f"class {unnamed} needs a priority: only {', '.join(USUAL_PRIORITIES)} have one by name")
+        if len(set(priorities)) < len(priorities):
+            raise ValueError("each class needs a priority of its own")
         for index, key in enumerate(self.api_keys):
             if key.service_class not in self.classes:
-                raise ValueError(
-                    f"api_keys.{index}: service_class {key.service_class!r} is none of the classes: {known}"
-                )
-        priorities = [service_class.priority for service_class in self.service_classes()]
-        named = [self._priority(name) for name in self.classes]
-        if named != priorities or len(set(named)) < len(named):
-            raise ValueError("classes must stand in the order of their priorities, each with its own")
+                raise ValueError(f"api_keys.{index}: service_class {key.service_class!r} is {known}")
         return self
 
     def service_classes(self) -> tuple[ServiceClass, ...]:
         """For the policies, the most urgent first."""
         classes = [
-            ServiceClass(name, self._priority(name), given.ttft_slo_s, given.tpot_slo_s, given.degrade)
+            ServiceClass(name, self._priority(name) or 0, given.ttft_slo_s, given.tpot_slo_s, given.degrade)
             for name, given in self.classes.items()
         ]
         return tuple(sorted(classes, key=lambda service_class: service_class.priority))
 
-    def _priority(self, name: str) -> int:
+    def _priority(self, name: str) -> int | None:
         given = self.classes[name].priority
-        names = list(self.classes)
-        zero = names.index(self.default_class) if self.default_class in names else 0
-        return given if given is not None else names.index(name) - zero
+        return USUAL_PRIORITIES.get(name) if given is None else given

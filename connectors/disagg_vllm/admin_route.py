@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from disagg_plugin.admission.gate import Gate
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.observability.frontend import Frontend
 
@@ -52,13 +53,22 @@ def _answer(scope: Scope) -> tuple[int, dict[str, object]]:
     if not _authorized(scope):
         return 401, {"error": "Unauthorized"}
     figures = _frontend()
-    return (200, figures.status()) if figures is not None else (503, {"error": "the engine has not started yet"})
+    if figures is None:
+        return 503, {"error": "the engine has not started yet"}
+    status, gate = figures.status(), _gate()
+    return 200, status if gate is None else {**status, "gate": gate.status()}
 
 
 def _frontend() -> Frontend | None:
     from disagg_vllm.stats import frontend
 
     return frontend()
+
+
+def _gate() -> Gate | None:
+    from disagg_vllm.admission import gate
+
+    return gate()
 
 
 def _authorized(scope: Scope) -> bool:

@@ -303,12 +303,16 @@ def _check(namespace: Any, args: Sequence[str]) -> None:
     transfer: Any = getattr(namespace, "kv_transfer_config", None)
     if transfer is None or transfer.kv_connector not in CONNECTOR_NAMES:
         return
+    from disagg_vllm.admin_route import wanted_middleware
     from disagg_vllm.admission import prepare
     from disagg_vllm.settings import settings_of
 
     settings = settings_of(transfer)
     check_startup(settings, _local_ranks(namespace))
     prepare(namespace, settings, args)
+    if hasattr(namespace, "middleware"):
+        wanted = [one for one in wanted_middleware(settings) if one not in (namespace.middleware or ())]
+        namespace.middleware = [*(namespace.middleware or ()), *wanted]
 
 
 def _local_ranks(namespace: Any) -> range:

@@ -31,6 +31,12 @@ def test_the_default_classes_are_in_the_engines_order() -> None:
     assert [(c.name, c.priority) for c in book().classes] == [("high", -1), ("normal", 0), ("low", 1)]
 
 
+def test_the_order_in_the_file_does_not_matter() -> None:
+    """YAML and JSON are often written with sorted keys."""
+    shuffled = {"high": {"ttft_slo_s": 9}, "low": {"ttft_slo_s": 1}, "normal": {"ttft_slo_s": 5}}
+    assert [c.name for c in book(classes=shuffled).classes] == ["high", "normal", "low"]
+
+
 @pytest.mark.parametrize(
     ("headers", "priority", "expected"),
     [
@@ -105,7 +111,7 @@ TWICE = {"normal": SLO | {"priority": 2}, "low": SLO | {"priority": 2}}
         ),
         pytest.param(
             {"classes": TWICE},
-            "in the order of their priorities",
+            "each class needs a priority of its own",
             id="twice the same priority",
         ),
         pytest.param(
@@ -119,6 +125,7 @@ TWICE = {"normal": SLO | {"priority": 2}, "low": SLO | {"priority": 2}}
             "64 hexadecimal digits",
             id="the key itself",
         ),
+        pytest.param({"classes": {"normal": SLO, "gold": SLO}}, "class gold needs a priority", id="no usual name"),
         pytest.param({"classes": {}}, "at least 1", id="no classes"),
     ],
 )
