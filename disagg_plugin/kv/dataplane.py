@@ -48,6 +48,7 @@ from disagg_plugin.kv.commands import (
     RankReport,
     ReleaseWhenStaged,
     RemovePeer,
+    SuspendReceive,
 )
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry, plan_exchanges
 from disagg_plugin.kv.guard import QuantizationGuard
@@ -267,6 +268,7 @@ class DataPlane:
             rank=self.rank,
             received=_take(received.received),
             receive_failed=_take(received.failed),
+            receive_suspended=_take(received.suspended),
             staged=_take(sent.staged),
             sent=_take(sent.sent),
             send_failed=_take(sent.failed),
@@ -355,6 +357,8 @@ class DataPlane:
                     self._loop.tell(command)
             case AbandonReceive():
                 self._scatter.abandon(command)
+            case SuspendReceive():
+                self._scatter.suspend(command)
             case OpenSend():
                 self._stager.open(command)
             case Computed():
