@@ -179,7 +179,7 @@ class TransferSettings(SettingsSection):
     fallback_local_tokens_per_step: int = Field(
         default=1024,
         ge=1,
-        description="Decode: prompt tokens a step that failed offloads may bring back, on average, to be computed here.",
+        description="Decode: prompt tokens that failed offloads may bring back a step, on average, to be computed.",
     )
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
     linger_s: float = Field(default=2.0, ge=0, description="Keep polling this long after the last transfer.")
