@@ -102,7 +102,8 @@ class Gate:
     """See the module.
 
     Attributes:
-        draining: Refuse everybody with 503.
+        draining: Everybody is refused with 503; see ``drain``.
+        drained_at_s: When that was decided, on the clock; the newest word counts among several API servers.
         has_exact: The second stage is there. It also sets the priority of requests with huge bodies, and tells the
             scheduler about ``never_offload`` and ``only_offload``; without it these steps are left out.
         observer: Who counts, or None.
@@ -128,6 +129,7 @@ class Gate:
         self.book = ClassBook(settings)
         self.accepts_transfers = accepts_transfers
         self.draining = False
+        self.drained_at_s = float("-inf")
         self.has_exact = False
         self.observer: Observer | None = None
         self.outcomes: Counter[tuple[str, str, str, str]] = Counter()
@@ -165,6 +167,11 @@ class Gate:
         self._ledger.reported(state.recent, now_s)
         if state.decode.running_decodes:
             self._mean_running += SMOOTHING * (state.decode.running_decodes - self._mean_running)
+
+    def drain(self, draining: bool = True, at_s: float | None = None) -> None:
+        """Take no new requests from now on, or take them again; those under way go on."""
+        self.draining = draining
+        self.drained_at_s = self._clock() if at_s is None else at_s
 
     def also_count(self, elsewhere: Callable[[], list[QueuedWork]]) -> None:
         """Where the reservations of other API servers of the same engine are to be read."""
