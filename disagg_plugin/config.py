@@ -21,6 +21,7 @@ from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
 from disagg_plugin.qos_settings import QosSettings
+from disagg_plugin.router_settings import RouterSettings
 from disagg_plugin.settings_base import SettingsSection
 from disagg_plugin.settings_file import merge, one_line, read_mapping
 
@@ -237,6 +238,7 @@ class DisaggSettings(SettingsSection):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    router: RouterSettings = Field(default=RouterSettings(), description="Requests that a router sends to P, then D.")
     observability: ObservabilitySettings = Field(
         default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
     )

@@ -10,10 +10,15 @@ from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
+    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number.
+
+    Attributes:
+        held: The prompt was prefilled before we heard of it; its KV is held under this transfer id.
+    """
 
     worker: str
-    room: int
+    room: int = 0
+    held: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,11 @@ Answer = PrefillLocally | NotYet | Claim
 
 @dataclass(frozen=True, slots=True)
 class OfferCall:
-    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
+    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts.
+
+    Attributes:
+        held: The worker holds the KV already; it compares the prompt, and what it is ``under`` (adapter, cache salt).
+    """
 
     transfer_id: bytes
     nonce: int
@@ -77,6 +86,8 @@ class OfferCall:
     http_headers: tuple[tuple[str, str], ...] = ()
     priority: int = 0
     post: bool = True
+    held: bool = False
+    under: tuple[str, ...] = ()
 
 
 class DecodePort(Protocol):

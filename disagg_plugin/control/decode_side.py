@@ -18,7 +18,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.decode_port import Answer, Claim, DecodePort, NotYet, OfferCall, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import (
+    Answer,
+    Claim,
+    DecodePort,
+    NotYet,
+    OfferCall,
+    PrefillLocally,
+    PromptView,
+    Route,
+)
 from disagg_plugin.control.decode_transfer import Arrival, Transfer
 from disagg_plugin.control.events import (
     PeerJoined,
@@ -130,6 +139,10 @@ class DecodeSide:
             return self._stay(prompt, cached_tokens, transfer.failure)
         return self._claim(transfer, cached_tokens, free_tokens)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request was decided on before."""
+        return request_id in self._local or request_id in self._by_request
+
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
         """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens``."""
         transfer = self._by_request.get(request_id)
@@ -220,9 +233,14 @@ class DecodeSide:
     def _decide(self, prompt: PromptView, cached_tokens: int, free_tokens: int) -> Answer:
         if prompt.local_only is not None:
             self.decisions[prompt.local_only] += 1
+            if prompt.route is not None and prompt.route.held:
+                self._port.cancel(prompt.route.held, prompt.route.worker, prompt.local_only)  # nobody will fetch it
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, cached_tokens, prompt.local_only)
         if prompt.route is not None:
+            if prompt.route.held in self._by_transfer:
+                self.decisions["handed_over_twice"] += 1
+                return self._stay(prompt, cached_tokens, "handed_over_twice")
             self._journal.decided(prompt.request_id, "offloaded", None)
             return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed", None)
         with profile_range("disagg decide"):
@@ -251,7 +269,7 @@ class DecodeSide:
         self.decisions[reason] += 1
         transfer = Transfer(
             request_id=prompt.request_id,
-            transfer_id=transfer_id_in(prompt.route.room) if prompt.route else secrets.token_bytes(16),
+            transfer_id=_transfer_id(prompt.route),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
             cached_tokens=cached_tokens,
@@ -275,6 +293,8 @@ class DecodeSide:
                 http_headers=prompt.http_headers,
                 priority=prompt.priority,
                 post=prompt.route is None,
+                held=prompt.route is not None and bool(prompt.route.held),
+                under=(prompt.lora, prompt.cache_salt) if prompt.route is not None and prompt.route.held else (),
             )
         )
         return NotYet()
@@ -394,3 +414,10 @@ class DecodeSide:
     def close(self) -> None:
         """Let the threads of other people's policies end."""
         self._decisions.close()
+
+
+def _transfer_id(route: Route | None) -> bytes:
+    """A new one, unless somebody else named the transfer."""
+    if route is None:
+        return secrets.token_bytes(16)
+    return route.held or transfer_id_in(route.room)

@@ -65,6 +65,7 @@ class TicketOffered:
     codec: str
     deadline_s: float
     prompt_digest: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,13 @@ class TicketReady:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketRenewed:
+    """Prefill: the decode side still wants what is held for it."""
+
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TicketCancelled:
     """Prefill: the decode side gave up."""
 
@@ -85,4 +93,4 @@ class TicketCancelled:
 
 
 DecodeEvent = PeerJoined | PeerLeft | PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
-PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketCancelled
+PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketRenewed | TicketCancelled

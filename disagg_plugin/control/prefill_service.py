@@ -17,6 +17,7 @@ from disagg_plugin.control.events import (
     TicketCancelled,
     TicketOffered,
     TicketReady,
+    TicketRenewed,
 )
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import (
@@ -33,10 +34,12 @@ from disagg_plugin.control.messages import (
     Ready,
     Refused,
     Rejected,
+    Renew,
     Sent,
     Started,
     Welcome,
 )
+from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.prefix_digest import PrefixDigest
 from disagg_plugin.control.report_pacer import Later, ReportPacer
@@ -111,6 +114,7 @@ class PrefillService:
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._awaited: dict[bytes, _Awaited] = {}
+        self._holds: dict[bytes, tuple[Sequence[int], tuple[str, ...]]] = {}  # what a router will send somebody for
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
@@ -157,6 +161,14 @@ class PrefillService:
         counted twice for a moment is harmless, one that is not counted lets too many in."""
         self._arrived.append(transfer_id)
 
+    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
+        """KV is kept for whoever offers to take it; from here on, as the router sends them only after that."""
+        self._holds[transfer_id] = (prompt, under)
+
+    def hold_ended(self, transfer_id: bytes) -> None:
+        """Whoever comes now comes too late."""
+        self._holds.pop(transfer_id, None)
+
     def drain(self) -> Iterable[PrefillEvent]:
         while self._events:
             yield self._events.popleft()
@@ -179,6 +191,8 @@ class PrefillService:
                 self._offer(identity, peer, message)
             case Ready(transfer_id, first_token, end_token) if peer is not None:
                 self._events.append(TicketReady(transfer_id, first_token, end_token))
+            case Renew(transfer_ids) if peer is not None:
+                self._events.extend(map(TicketRenewed, transfer_ids))
             case Cancel(transfer_id, reason) if peer is not None:
                 self._awaited.pop(transfer_id, None)
                 self._events.append(TicketCancelled(transfer_id, reason))
@@ -266,8 +280,14 @@ class PrefillService:
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
                 prompt_digest=offer.prompt_digest,
+                held=offer.held,
             )
         )
+        if offer.held:
+            self._holds.pop(offer.transfer_id, None)
+            self.counters["accepted"] += 1
+            self._send(identity, Accepted(offer.transfer_id, 0.0))
+            return
         load = self._load
         eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
@@ -279,6 +299,11 @@ class PrefillService:
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
             return "unknown_peer"
+        if offer.held:
+            if (held := self._holds.get(offer.transfer_id)) is None:
+                return "hold_expired"
+            prompt, under = held
+            return "" if prompt_digest(prompt, *under) == offer.prompt_digest else "prompt_differs"
         if self._refuse_all:
             return self._refuse_all
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:

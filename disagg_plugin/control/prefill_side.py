@@ -3,6 +3,7 @@
 No I/O, no engine types. Call order, all in the scheduler's thread:
 
     new_request()   a request arrived over HTTP; with a transfer id that was offered, it is ours
+    hold()          ... or for a router, which does not say for whom: held under a lease when it ends
     scheduled()     each step in which the engine computes some of its tokens
     preempted()     the engine took its blocks away; it will start over
     finished()      it ended; the answer says whether its blocks must stay
@@ -10,6 +11,8 @@ No I/O, no engine types. Call order, all in the scheduler's thread:
     reports()       each step: what the ranks said
 """
 
+import math
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +27,7 @@ from disagg_plugin.control.events import (
     TicketCancelled,
     TicketOffered,
     TicketReady,
+    TicketRenewed,
 )
 from disagg_plugin.control.offload_call import prompt_digest, room_of
 from disagg_plugin.kv.commands import (
@@ -53,6 +57,12 @@ class PrefillPort(Protocol):
         ...
 
     def arrived(self, transfer_id: bytes) -> None: ...
+
+    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
+        """KV of this prompt is kept for whoever offers to take it, until ``hold_ended``."""
+        ...
+
+    def hold_ended(self, transfer_id: bytes) -> None: ...
     def drain(self) -> Iterable[PrefillEvent]: ...
 
 
@@ -67,6 +77,8 @@ class _Ticket:
     ready: TicketReady | None = None
     opened: bool = False  # the ranks know about it
     request_ended_s: float = 0.0
+    hold_until_s: float = 0.0
+    routed: tuple[Sequence[int], tuple[str, ...]] = ((), ())  # prompt, and what it is under: where a router sent it
     holding: bool = False  # the engine keeps the blocks until the ranks release them
     computed_tokens: int = 0
     failure: str = ""
@@ -140,6 +152,24 @@ class PrefillSide:
         self._by_request[request_id] = ticket
         return True
 
+    def hold(self, request_id: str, prompt: Sequence[int], *under: str) -> None:
+        """Prefill a prompt for a router: nobody has offered it, a decode engine will ask for its KV later.
+
+        Args:
+            under: Adapter and cache salt: whoever asks must have the same.
+        """
+        transfer_id = secrets.token_bytes(16)
+        offer = TicketOffered(transfer_id, 0, "", len(prompt), "raw", math.inf, held=True)
+        ticket = _Ticket(offer, self._clock(), request_id=request_id, routed=(prompt, under))
+        self._tickets[transfer_id] = self._by_request[request_id] = ticket
+        self._journal.prefills_for_another(request_id)
+        self.totals["held"] += 1
+
+    def held_as(self, request_id: str) -> bytes | None:
+        """Under which transfer id the KV of an ended request is held for a router's decode engine."""
+        ticket = self._by_request.get(request_id)
+        return ticket.offer.transfer_id if ticket is not None and ticket.state is State.HELD else None
+
     def is_ours(self, request_id: str) -> bool:
         """Whether this request's KV goes to a decode engine."""
         return request_id in self._by_request
@@ -152,7 +182,8 @@ class PrefillSide:
         ticket.started_s = ticket.started_s or self._clock()  # Ready may have come before
         if ticket.state is State.ACCEPTED:
             ticket.state = advance(ticket.state, Event.START)
-            self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
+            if ticket.offer.peer:
+                self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
         ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
         self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
 
@@ -170,6 +201,7 @@ class PrefillSide:
         if ticket is None:
             return False
         ticket.request_ended_s = self._clock()
+        ticket.hold_until_s = ticket.request_ended_s + self._settings.transfer.hold_s
         if ticket.state in OVER or self._is_staged(ticket):
             self._forget_if_over(ticket)
             return False
@@ -180,11 +212,14 @@ class PrefillSide:
         if (
             self._held_tokens() + ticket.computed_tokens
             > self._settings.transfer.hold_kv_fraction * max(self._capacity_tokens, 1)
-            and self.holds_blocks
+            and self._holds_any
         ):
             self._drop(ticket, Event.FAIL, "hold_full", tell=True)
             self._forget_if_over(ticket)
             return False
+        if ticket.state is State.STARTED and ticket.offer.held:
+            ticket.state = advance(ticket.state, Event.HOLD)
+            self._port.held(ticket.offer.transfer_id, *ticket.routed)
         ticket.holding = True
         self._commands.append(ReleaseWhenStaged(ticket.offer.transfer_id, request_id))
         return True
@@ -193,11 +228,10 @@ class PrefillSide:
         """Commands for the worker ranks; called once per scheduler step, at its end."""
         self._drain()
         now = self._clock()
-        limits = self._settings.transfer
         for ticket in list(self._tickets.values()):
             if ticket.state in OVER:
                 continue
-            if ticket.holding and now > ticket.request_ended_s + limits.hold_s and not self._is_staged(ticket):
+            if ticket.holding and now > ticket.hold_until_s and not self._is_staged(ticket):
                 self._drop(ticket, Event.DEADLINE, "hold_expired", tell=True)
             elif now > ticket.offered_s + ticket.offer.deadline_s:
                 self._drop(ticket, Event.DEADLINE, "deadline", tell=True)
@@ -247,10 +281,14 @@ class PrefillSide:
 
     @property
     def holds_blocks(self) -> bool:
-        """Whether ended requests keep blocks that will be free soon."""
-        return any(ticket.holding for ticket in self._tickets.values())
+        """Whether ended requests keep blocks that will be free soon: not those that wait for a router's second half."""
+        return any(ticket.holding and ticket.state is not State.HELD for ticket in self._tickets.values())
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    @property
+    def _holds_any(self) -> bool:
+        return any(ticket.holding for ticket in self._tickets.values())
 
     def _sent(self, ticket: _Ticket, rank: int) -> None:
         ticket.sent_ranks.add(rank)
@@ -274,6 +312,8 @@ class PrefillSide:
         ticket.failure = reason
         self.drops[reason] += 1
         self._commands.append(DropSend(ticket.offer.transfer_id, reason))
+        if ticket.offer.held:
+            self._port.hold_ended(ticket.offer.transfer_id)
         if tell:
             self._port.cancel(ticket.offer.transfer_id, ticket.offer.peer, reason)
         self._forget_if_over(ticket)
@@ -301,6 +341,11 @@ class PrefillSide:
                     for ticket in list(self._tickets.values()):
                         if ticket.offer.peer == peer:
                             self._drop(ticket, Event.PEER_LOST, reason, tell=False)
+                case TicketOffered(held=True):
+                    self._claimed(event)
+                case TicketRenewed(transfer_id):
+                    if (renewed := self._tickets.get(transfer_id)) is not None:
+                        renewed.hold_until_s = self._clock() + self._settings.transfer.hold_s
                 case TicketOffered():
                     self._tickets[event.transfer_id] = _Ticket(event, self._clock())
                     self.totals["offered"] += 1
@@ -310,14 +355,26 @@ class PrefillSide:
                     if (ticket_or_none := self._tickets.get(transfer_id)) is not None:
                         self._drop(ticket_or_none, Event.ABORT, reason, tell=False)
 
+    def _claimed(self, event: TicketOffered) -> None:
+        """A decode engine has the request whose KV is held. It may come too late: the lease may have just ended."""
+        ticket = self._tickets.get(event.transfer_id)
+        if ticket is None or ticket.state is not State.HELD or ticket.offer.peer:
+            self._port.cancel(event.transfer_id, event.peer, "hold_expired")
+            return
+        now = self._clock()
+        ticket.offer, ticket.offered_s, ticket.hold_until_s = event, now, now + self._settings.transfer.hold_s
+        ticket.state = advance(ticket.state, Event.ACCEPT)
+        self.totals["claimed"] += 1
+
     def _ready(self, event: TicketReady) -> None:
         ticket = self._tickets.get(event.transfer_id)
-        if ticket is None or ticket.state in OVER or ticket.opened:
+        if ticket is None or ticket.state in OVER or ticket.opened or not ticket.offer.peer:
             return
         if not 0 <= event.first_token < event.end_token <= ticket.offer.prompt_tokens:
             self._drop(ticket, Event.FAIL, "bad_range", tell=True)
             return
         ticket.state = advance(ticket.state, Event.READY)
+        ticket.hold_until_s = max(ticket.hold_until_s, self._clock() + self._settings.transfer.hold_s)
         ticket.opened = True
         self._commands.append(
             OpenSend(

@@ -19,6 +19,7 @@ from disagg_plugin.control.compatibility import Party
 from disagg_plugin.control.io_thread import IoThread
 from disagg_plugin.control.keys import KeyRing
 from disagg_plugin.control.messages import (
+    HELD,
     PRIORITY,
     PROTOCOL_VERSION,
     AnyMessage,
@@ -36,7 +37,8 @@ from disagg_plugin.kv.geometry import KVGeometry
 
 logger = logging.getLogger(__name__)
 
-FEATURES: tuple[str, ...] = ()
+FEATURES: tuple[str, ...] = (HELD,)
+WILDCARDS = frozenset({"0.0.0.0", "::", "*"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,12 @@ class ControlService:
             self.prefill = self._prefill_service(facts)
         if settings.role in ("decode", "both"):
             self.decode = self._prefill_workers(facts)
+
+    @property
+    def advertised_host(self) -> str:
+        """Where a router's decode engine finds us."""
+        host = self._settings.side_channel.host
+        return self._settings.router.advertise_host or (socket.gethostname() if host in WILDCARDS else host)
 
     def start(self) -> None:
         """Bind, connect, and return once the side channel listens.

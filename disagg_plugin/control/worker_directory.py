@@ -29,7 +29,7 @@ class WorkerAddress:
 
     Attributes:
         name: ``host:port`` of its side channel; what decisions, logs and metrics call it.
-        url: Base URL of its HTTP API.
+        url: Base URL of its HTTP API; empty: only a router knows it, no prompt is posted to it.
         tls_name: Name in its certificate where ``url`` holds an address instead, or None.
     """
 

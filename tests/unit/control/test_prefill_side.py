@@ -1,6 +1,6 @@
 """The prefill role: it exports only what was offered, holds blocks only as long as needed, and forgets everything."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ class FakePort:
     def __init__(self) -> None:
         self.events: list[PrefillEvent] = []
         self.sent: list[tuple[str, str]] = []
+        self.held_ids: dict[bytes, tuple[int, tuple[str, ...]]] = {}
 
     def started(self, transfer_id: bytes, peer: str) -> None:
         self.sent.append(("started", peer))
@@ -39,6 +40,12 @@ class FakePort:
 
     def arrived(self, transfer_id: bytes) -> None:
         self.sent.append(("arrived", ""))
+
+    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
+        self.held_ids[transfer_id] = (len(prompt), under)
+
+    def hold_ended(self, transfer_id: bytes) -> None:
+        self.held_ids.pop(transfer_id, None)
 
     def drain(self) -> Iterable[PrefillEvent]:
         events, self.events = self.events, []
