@@ -178,6 +178,11 @@ class TransferSettings(SettingsSection):
         default=0.5, gt=0, le=1, description="Decode: share of the KV cache that transfers under way may hold."
     )
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
+    shared_prefix_wait_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="Longest wait of a prompt for another one's transfer that brings most of what it needs; 0: none.",
+    )
     linger_s: float = Field(default=2.0, ge=0, description="Keep polling this long after the last transfer.")
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.events import Held
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
@@ -162,11 +163,14 @@ class SchedulerSide:
         ours = False
         if self._prefill is not None:
             transfer_id = transfer_id_of(request.kv_transfer_params)
-            ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+            ours = transfer_id is not None and self._prefill.new_request(
+                request.request_id, transfer_id, prompt_tokens, adapter=_adapter_of(request)
+            )
             if (prompt := _held_prompt(request)) is not None:
                 self._prompts[request.request_id] = prompt
                 if not ours and wants_hold(request.kv_transfer_params):
-                    self._prefill.hold(request.request_id, prompt.token_ids, prompt.lora, prompt.salt)
+                    held = Held(prompt.token_ids, (prompt.lora, prompt.salt), _adapter_of(request))
+                    self._prefill.hold(request.request_id, held)
                     ours = True
         if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens)
@@ -204,6 +208,7 @@ class SchedulerSide:
             http_headers=tuple(self._spans.headers_of(request.request_id).items()),
             cache_salt=request.cache_salt or "",
             lora=request.lora_request.lora_name if request.lora_request is not None else "",
+            adapter=_adapter_of(request),
             priority=request.priority,
             only_offload=routing_of(request) == ONLY_OFFLOAD,
             route=route,
@@ -417,6 +422,11 @@ def _held_prompt(request: "Request") -> HeldPrompt | None:
         return None
     lora = request.lora_request.lora_name if request.lora_request is not None else ""
     return HeldPrompt(request.prompt_token_ids, request.cache_salt or "", lora)
+
+
+def _adapter_of(request: "Request") -> str:
+    """Where the files of the request's LoRA adapter are; what is no folder of this machine cannot be compared."""
+    return str(request.lora_request.lora_path) if request.lora_request is not None else ""
 
 
 def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:

@@ -30,6 +30,7 @@ class PromptView:
         http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt).
         http_headers: The trace context, for the offload call.
         cache_salt, lora: Prefixes under another of these share nothing.
+        adapter: Where the LoRA adapter's files are.
         priority: As the engine counts; smaller is more urgent. Travels to workers that schedule by it.
         only_offload: Wherever it can be offloaded, it is, however slow that is.
         route: Set where the decision was made, and the prompt is posted, elsewhere.
@@ -42,6 +43,7 @@ class PromptView:
     http_headers: tuple[tuple[str, str], ...] = ()
     cache_salt: str = ""
     lora: str = ""
+    adapter: str = ""
     priority: int = 0
     only_offload: bool = False
     route: Route | None = None
@@ -74,6 +76,7 @@ class OfferCall:
     """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts.
 
     Attributes:
+        adapter: Folder of the LoRA adapter; the worker compares its weights with those of its own.
         held: The worker holds the KV already; it compares the prompt, and what it is ``under`` (adapter, cache salt).
     """
 
@@ -88,6 +91,7 @@ class OfferCall:
     post: bool = True
     held: bool = False
     under: tuple[str, ...] = ()
+    adapter: str = ""
 
 
 class DecodePort(Protocol):

@@ -40,6 +40,7 @@ from disagg_plugin.control.events import (
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_in
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions
+from disagg_plugin.control.shared_prefixes import SharedPrefixes
 from disagg_plugin.kv.commands import (
     AbandonReceive,
     AddPeer,
@@ -95,6 +96,7 @@ class DecodeSide:
         self._by_request: dict[str, Transfer] = {}
         self._by_transfer: dict[bytes, Transfer] = {}
         self._local: dict[str, str] = {}
+        self._shared = SharedPrefixes(settings.transfer.shared_prefix_wait_s, clock)
         self._commands: list[Command] = []
         self._peers: dict[str, AddPeer] = {}
         self._held_tokens = 0
@@ -141,7 +143,7 @@ class DecodeSide:
 
     def knows(self, request_id: str) -> bool:
         """Whether a request was decided on before."""
-        return request_id in self._local or request_id in self._by_request
+        return request_id in self._local or request_id in self._by_request or request_id in self._shared
 
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
         """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens``."""
@@ -203,6 +205,7 @@ class DecodeSide:
         if transfer is None or transfer.completed:
             return
         transfer.completed = True
+        self._shared.landed(request_id)
         self._held_tokens -= transfer.held_tokens
         transfer.held_tokens = 0
         if transfer.state in LOADING:
@@ -217,6 +220,7 @@ class DecodeSide:
     def finished(self, request_id: str) -> None:
         """The request ended: served, or aborted in any state."""
         self._local.pop(request_id, None)
+        self._shared.end(request_id)
         self._load.finished(request_id)
         transfer = self._by_request.get(request_id)
         if transfer is None:
@@ -243,6 +247,8 @@ class DecodeSide:
                 return self._stay(prompt, cached_tokens, "handed_over_twice")
             self._journal.decided(prompt.request_id, "offloaded", None)
             return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed", None)
+        if self._waits_for_another(prompt, cached_tokens):
+            return NotYet()
         with profile_range("disagg decide"):
             record = self._decisions.decide(
                 prompt,
@@ -267,6 +273,13 @@ class DecodeSide:
         record: DecisionRecord | None,
     ) -> Answer:
         self.decisions[reason] += 1
+        if prompt.route is None:
+            self._shared.begin(
+                *(prompt.request_id, prompt.token_ids),
+                salt=prompt.cache_salt,
+                lora=prompt.lora,
+                priority=prompt.priority,
+            )
         transfer = Transfer(
             request_id=prompt.request_id,
             transfer_id=_transfer_id(prompt.route),
@@ -294,10 +307,24 @@ class DecodeSide:
                 priority=prompt.priority,
                 post=prompt.route is None,
                 held=prompt.route is not None and bool(prompt.route.held),
+                adapter=prompt.adapter,
                 under=(prompt.lora, prompt.cache_salt) if prompt.route is not None and prompt.route.held else (),
             )
         )
         return NotYet()
+
+    def _waits_for_another(self, prompt: PromptView, cached_tokens: int) -> bool:
+        """Whether most of what this prompt needs is already on its way for another one."""
+        waited = prompt.request_id in self._shared
+        leader = self._shared.leader_of(
+            *(prompt.request_id, prompt.token_ids),
+            cached_tokens=cached_tokens,
+            salt=prompt.cache_salt,
+            lora=prompt.lora,
+            priority=prompt.priority,
+        )
+        self.totals["waited_for_shared_prefix"] += leader is not None and not waited
+        return leader is not None
 
     def _stay(self, prompt: PromptView, cached_tokens: int, reason: str) -> PrefillLocally:
         self._local[prompt.request_id] = reason
@@ -393,7 +420,7 @@ class DecodeSide:
             **self.figures(),
             **self._decisions.snapshot(),
             "open": [t.row() for t in transfers if t.state not in OVER],
-            "tracked_requests": len(transfers) + len(self._local),
+            "tracked_requests": len(transfers) + len(self._local) + len(self._shared),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
             "recent": list(self.recent),
         }

@@ -109,6 +109,7 @@ class Offer(Message, frozen=True, tag="offer"):
         deadline_s: Seconds from now after which the decode side will not wait any more.
         codec: "raw", "int8" or "int8c": what the decode side wants on this link.
         prompt_digest: Of the prompt's token ids, or 0 where the transfer id alone, a secret, proves the prompt.
+        adapter: Digest of the LoRA adapter's weights, or empty: the prompt is for the model itself.
         held: A router had the prompt prefilled; its KV is held under this transfer id.
     """
 
@@ -120,6 +121,7 @@ class Offer(Message, frozen=True, tag="offer"):
     codec: str
     priority: int = 0
     prompt_digest: int = 0
+    adapter: str = ""
     held: bool = False
 
 

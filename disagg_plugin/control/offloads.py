@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from disagg_plugin.config import TransferSettings
+from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted, PrefillEnded, PrefillFailed
 from disagg_plugin.control.messages import HELD, PRIORITY, Accepted, Cancel, Offer, Refused, Renew, Welcome
 from disagg_plugin.control.offload_call import DIALECTS, post_prompt, prompt_digest
 from disagg_plugin.control.worker_link import WorkerLink
-from disagg_plugin.errors import PeerLost, PeerRefused
+from disagg_plugin.errors import ConfigError, PeerLost, PeerRefused
 
 THE_PROMPTS_FAULT = frozenset({"http_400", "http_413", "http_422"})  # says nothing about the worker
 
@@ -41,6 +42,7 @@ class Offloads:
         self._counters = counters
         self._calls: dict[bytes, asyncio.Task[None]] = {}
         self._held: dict[bytes, WorkerLink] = {}  # what a worker holds for requests that wait for room here
+        self._adapters = AdapterDigests()
         self._session: aiohttp.ClientSession | None = None
 
     def __len__(self) -> int:
@@ -142,6 +144,14 @@ class Offloads:
 
     async def _ask(self, link: WorkerLink, call: OfferCall) -> tuple[Accepted | None, str]:
         """Offer the prompt; (Accepted, "") or (None, why not)."""
+        adapter = ""
+        if call.adapter:
+            try:
+                adapter = await asyncio.get_running_loop().run_in_executor(None, self._adapters.of, call.adapter)
+            except ConfigError as error:
+                logger.warning("disagg: prompts for this adapter are prefilled locally: %s", error)
+                link.undecided(call.transfer_id)
+                return None, "adapter_unreadable"
         answer: asyncio.Future[Accepted | Refused] = asyncio.get_running_loop().create_future()
         link.answers[call.transfer_id] = answer
         link.offered(call.transfer_id, len(call.token_ids))
@@ -157,6 +167,7 @@ class Offloads:
                     codec=link.codec,
                     priority=call.priority,
                     prompt_digest=0 if call.post else prompt_digest(call.token_ids, *call.under),
+                    adapter=adapter,
                     held=call.held,
                 )
             )

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.compatibility import Party, find_mismatch
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
+    AdapterChecked,
+    Held,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
@@ -43,6 +46,7 @@ from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.prefix_digest import PrefixDigest
 from disagg_plugin.control.report_pacer import Later, ReportPacer
+from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
 from disagg_plugin.serving.prefix_index import MAX_CHUNKS
@@ -114,7 +118,8 @@ class PrefillService:
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._awaited: dict[bytes, _Awaited] = {}
-        self._holds: dict[bytes, tuple[Sequence[int], tuple[str, ...]]] = {}  # what a router will send somebody for
+        self._holds: dict[bytes, Held] = {}  # what a router will send somebody for
+        self._adapters = AdapterDigests()
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
@@ -161,9 +166,13 @@ class PrefillService:
         counted twice for a moment is harmless, one that is not counted lets too many in."""
         self._arrived.append(transfer_id)
 
-    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
+    def held(self, transfer_id: bytes, held: Held) -> None:
         """KV is kept for whoever offers to take it; from here on, as the router sends them only after that."""
-        self._holds[transfer_id] = (prompt, under)
+        self._holds[transfer_id] = held
+
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        """Reads files, the first time; the answer comes as an event."""
+        self._post(self._check_adapter, transfer_id, folder, digest)
 
     def hold_ended(self, transfer_id: bytes) -> None:
         """Whoever comes now comes too late."""
@@ -279,6 +288,7 @@ class PrefillService:
                 prompt_tokens=offer.prompt_tokens,
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
+                adapter=offer.adapter,
                 prompt_digest=offer.prompt_digest,
                 held=offer.held,
             )
@@ -302,8 +312,9 @@ class PrefillService:
         if offer.held:
             if (held := self._holds.get(offer.transfer_id)) is None:
                 return "hold_expired"
-            prompt, under = held
-            return "" if prompt_digest(prompt, *under) == offer.prompt_digest else "prompt_differs"
+            if prompt_digest(held.prompt, *held.under) != offer.prompt_digest:
+                return "prompt_differs"
+            return "" if self._is_adapter(held.adapter, offer.adapter) else "adapter_differs"
         if self._refuse_all:
             return self._refuse_all
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
@@ -311,6 +322,16 @@ class PrefillService:
         if self._load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
             return "queue_full"
         return ""
+
+    def _check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        self._events.append(AdapterChecked(transfer_id, self._is_adapter(folder, digest)))
+
+    def _is_adapter(self, folder: str, digest: str) -> bool:
+        try:
+            return (self._adapters.of(folder) if folder else "") == digest
+        except ConfigError as error:
+            logger.warning("disagg: an adapter cannot be compared: %s", error)
+            return False
 
     def _awaited_tokens(self) -> int:
         return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])

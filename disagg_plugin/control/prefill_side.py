@@ -21,6 +21,8 @@ from typing import Protocol
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
+    AdapterChecked,
+    Held,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
@@ -58,7 +60,11 @@ class PrefillPort(Protocol):
 
     def arrived(self, transfer_id: bytes) -> None: ...
 
-    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        """Whether the adapter in ``folder`` has this digest; answered by an event."""
+        ...
+
+    def held(self, transfer_id: bytes, held: Held) -> None:
         """KV of this prompt is kept for whoever offers to take it, until ``hold_ended``."""
         ...
 
@@ -78,7 +84,8 @@ class _Ticket:
     opened: bool = False  # the ranks know about it
     request_ended_s: float = 0.0
     hold_until_s: float = 0.0
-    routed: tuple[Sequence[int], tuple[str, ...]] = ((), ())  # prompt, and what it is under: where a router sent it
+    routed: Held | None = None  # where a router sent it
+    verified: bool = True  # False while its adapter is compared: nothing is said or sent before
     holding: bool = False  # the engine keeps the blocks until the ranks release them
     computed_tokens: int = 0
     failure: str = ""
@@ -130,12 +137,19 @@ class PrefillSide:
         return next((t.offer.transfer_id for t in waiting if room_of(t.offer.transfer_id) == room), None)
 
     def new_request(
-        self, request_id: str, transfer_id: bytes, prompt_tokens: int, *, prompt: Sequence[int] = ()
+        self,
+        request_id: str,
+        transfer_id: bytes,
+        prompt_tokens: int,
+        *,
+        prompt: Sequence[int] = (),
+        adapter: str = "",
     ) -> bool:
         """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one).
 
         Args:
             prompt: Its token ids, compared with the offer's digest where that has one.
+            adapter: Folder of the LoRA adapter that computes it, likewise.
         """
         self._drain()
         self._port.arrived(transfer_id)
@@ -147,20 +161,22 @@ class PrefillSide:
         if ticket.offer.prompt_tokens != prompt_tokens or (digest and digest != prompt_digest(prompt)):
             self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
             return False
+        if bool(adapter) != bool(ticket.offer.adapter):
+            self._drop(ticket, Event.FAIL, "adapter_differs", tell=True)
+            return False
+        if adapter:
+            ticket.verified = False
+            self._port.check_adapter(transfer_id, adapter, ticket.offer.adapter)
         ticket.request_id = request_id
         self._journal.prefills_for_another(request_id)
         self._by_request[request_id] = ticket
         return True
 
-    def hold(self, request_id: str, prompt: Sequence[int], *under: str) -> None:
-        """Prefill a prompt for a router: nobody has offered it, a decode engine will ask for its KV later.
-
-        Args:
-            under: Adapter and cache salt: whoever asks must have the same.
-        """
+    def hold(self, request_id: str, held: Held) -> None:
+        """Prefill a prompt for a router: nobody has offered it, a decode engine will ask for its KV later."""
         transfer_id = secrets.token_bytes(16)
-        offer = TicketOffered(transfer_id, 0, "", len(prompt), "raw", math.inf, held=True)
-        ticket = _Ticket(offer, self._clock(), request_id=request_id, routed=(prompt, under))
+        offer = TicketOffered(transfer_id, 0, "", len(held.prompt), "raw", math.inf, held=True)
+        ticket = _Ticket(offer, self._clock(), request_id=request_id, routed=held)
         self._tickets[transfer_id] = self._by_request[request_id] = ticket
         self._journal.prefills_for_another(request_id)
         self.totals["held"] += 1
@@ -182,7 +198,7 @@ class PrefillSide:
         ticket.started_s = ticket.started_s or self._clock()  # Ready may have come before
         if ticket.state is State.ACCEPTED:
             ticket.state = advance(ticket.state, Event.START)
-            if ticket.offer.peer:
+            if ticket.offer.peer and ticket.verified:
                 self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
         ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
         self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
@@ -217,9 +233,9 @@ class PrefillSide:
             self._drop(ticket, Event.FAIL, "hold_full", tell=True)
             self._forget_if_over(ticket)
             return False
-        if ticket.state is State.STARTED and ticket.offer.held:
+        if ticket.state is State.STARTED and ticket.routed is not None:
             ticket.state = advance(ticket.state, Event.HOLD)
-            self._port.held(ticket.offer.transfer_id, *ticket.routed)
+            self._port.held(ticket.offer.transfer_id, ticket.routed)
         ticket.holding = True
         self._commands.append(ReleaseWhenStaged(ticket.offer.transfer_id, request_id))
         return True
@@ -343,6 +359,9 @@ class PrefillSide:
                             self._drop(ticket, Event.PEER_LOST, reason, tell=False)
                 case TicketOffered(held=True):
                     self._claimed(event)
+                case AdapterChecked(transfer_id, same):
+                    if (checked := self._tickets.get(transfer_id)) is not None:
+                        self._adapter_checked(checked, same)
                 case TicketRenewed(transfer_id):
                     if (renewed := self._tickets.get(transfer_id)) is not None:
                         renewed.hold_until_s = self._clock() + self._settings.transfer.hold_s
@@ -376,6 +395,22 @@ class PrefillSide:
         ticket.state = advance(ticket.state, Event.READY)
         ticket.hold_until_s = max(ticket.hold_until_s, self._clock() + self._settings.transfer.hold_s)
         ticket.opened = True
+        ticket.ready = event
+        self._open(ticket, event)
+
+    def _adapter_checked(self, ticket: _Ticket, same: bool) -> None:
+        if not same:
+            self._drop(ticket, Event.FAIL, "adapter_differs", tell=True)
+            return
+        ticket.verified = True
+        if ticket.started_s:
+            self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
+        if ticket.ready is not None and ticket.state in LOADING:
+            self._open(ticket, ticket.ready)
+
+    def _open(self, ticket: _Ticket, event: TicketReady) -> None:
+        if not ticket.verified:
+            return
         self._commands.append(
             OpenSend(
                 transfer_id=event.transfer_id,

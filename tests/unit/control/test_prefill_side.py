@@ -1,6 +1,6 @@
 """The prefill role: it exports only what was offered, holds blocks only as long as needed, and forgets everything."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
+    Held,
     PeerLeft,
     PrefillEvent,
     TicketCancelled,
@@ -27,7 +28,7 @@ class FakePort:
     def __init__(self) -> None:
         self.events: list[PrefillEvent] = []
         self.sent: list[tuple[str, str]] = []
-        self.held_ids: dict[bytes, tuple[int, tuple[str, ...]]] = {}
+        self.held_ids: dict[bytes, Held] = {}
 
     def started(self, transfer_id: bytes, peer: str) -> None:
         self.sent.append(("started", peer))
@@ -41,8 +42,11 @@ class FakePort:
     def arrived(self, transfer_id: bytes) -> None:
         self.sent.append(("arrived", ""))
 
-    def held(self, transfer_id: bytes, prompt: Sequence[int], under: tuple[str, ...]) -> None:
-        self.held_ids[transfer_id] = (len(prompt), under)
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        self.sent.append(("check adapter", f"{folder} is {digest}"))
+
+    def held(self, transfer_id: bytes, held: Held) -> None:
+        self.held_ids[transfer_id] = held
 
     def hold_ended(self, transfer_id: bytes) -> None:
         self.held_ids.pop(transfer_id, None)

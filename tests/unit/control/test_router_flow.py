@@ -13,7 +13,7 @@ from unit.control.test_prefill_side import Bench as PrefillBench
 from disagg_plugin.allowed_hosts import DP_RANKS, AllowedHosts
 from disagg_plugin.config import load_settings
 from disagg_plugin.control.decode_port import NotYet, PrefillLocally, PromptView, Route
-from disagg_plugin.control.events import PeerLeft, PrefillFailed, TicketCancelled, TicketOffered, TicketReady
+from disagg_plugin.control.events import Held, PeerLeft, PrefillFailed, TicketCancelled, TicketOffered, TicketReady
 from disagg_plugin.control.events import TicketRenewed as Renewed
 from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.router_flow import hand_over_params, handed_over, wants_hold
@@ -21,6 +21,7 @@ from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import DropSend, OpenSend, RankReport, ReleaseWhenStaged
 
 PROMPT = tuple(range(1_000))
+HELD = Held(PROMPT, ("lora", "salt"))
 TID = bytes(range(16))
 SAID = hand_over_params(
     TID, engine="p-host:5600", host="10.0.0.1", port=5600, block_ids=[3, 4], tokens=9, tensor_parallel=2
@@ -31,7 +32,7 @@ class Holder(PrefillBench):
     """A prefill engine that computed a prompt for a router."""
 
     def compute(self, **more: Any) -> bytes:
-        self.side.hold("r1", PROMPT, "lora", "salt")
+        self.side.hold("r1", HELD)
         self.side.scheduled("r1", 1_000, [1, 2])
         self.side.step()
         assert self.side.finished("r1", completed=True)
@@ -137,7 +138,7 @@ def test_an_entry_that_is_none_is_a_mistake_of_the_settings(entry: str) -> None:
 def test_p_holds_until_d_fetches() -> None:
     bench = Holder()
     transfer_id = bench.compute()
-    assert bench.port.held_ids == {transfer_id: (1_000, ("lora", "salt"))}
+    assert bench.port.held_ids == {transfer_id: HELD}
     assert bench.side.step() == [ReleaseWhenStaged(transfer_id, "r1")]
     bench.claim(transfer_id)
     bench.port.events.append(TicketReady(transfer_id, 64, 999))
@@ -221,7 +222,7 @@ def test_blocks_are_free_when_d_gives_up_or_goes(event: Callable[[bytes], Any]) 
 def test_held_prompts_take_a_bounded_share_of_the_cache() -> None:
     bench = Holder(capacity_tokens=3_000)
     bench.compute()
-    bench.side.hold("r2", PROMPT, "", "")
+    bench.side.hold("r2", HELD)
     bench.side.scheduled("r2", 1_000, [3, 4])
     assert not bench.side.finished("r2", completed=True)
     assert bench.side.held_as("r2") is None
@@ -241,7 +242,7 @@ def test_an_engine_short_of_blocks_does_not_wait_for_a_router() -> None:
 
 def test_an_aborted_first_half_is_not_held() -> None:
     bench = Holder()
-    bench.side.hold("r1", PROMPT)
+    bench.side.hold("r1", HELD)
     bench.side.scheduled("r1", 500, [1])
     assert not bench.side.finished("r1", completed=False)
     bench.side.step()

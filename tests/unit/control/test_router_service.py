@@ -8,6 +8,7 @@ from unit.control.test_service import FACTS, eventually, free_port
 from disagg_plugin.config import load_settings
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.events import Held
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.router_flow import HandedOver
 from disagg_plugin.control.service import ControlService
@@ -36,7 +37,7 @@ class RoutedPair:
         self.decode = DecodeSide(d_settings, self.workers, engine="d", kv_capacity_tokens=10_000)
 
     def hold(self) -> bytes:
-        self.prefill.hold("p-1", PROMPT, "", "salt")
+        self.prefill.hold("p-1", Held(PROMPT, ("", "salt")))
         self.prefill.scheduled("p-1", 1_000, [1])
         self.prefill.step()
         assert self.prefill.finished("p-1", completed=True)

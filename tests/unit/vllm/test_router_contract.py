@@ -1,15 +1,19 @@
 """vLLM's connector as D of a router: the fields of a request lead to the engine that holds its KV, and nowhere else."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from contract.rig import GEOMETRY, PAGE, SEED, Contract, FakePort, introduce
-from contract.vllm_rig import VllmRig
 
 from disagg_plugin.control.router_flow import hand_over_params
 from disagg_plugin.kv.geometry import HeadRange
 from disagg_plugin.testing import MemoryNetwork, canonical_noise
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when vLLM imports its compiler
+    from contract.vllm_rig import VllmRig
 
 TOKENS = 200
 PROMPT = list(range(1_000, 1_000 + TOKENS))
