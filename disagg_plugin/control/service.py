@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from disagg_plugin.config import DisaggSettings
@@ -80,6 +81,8 @@ class ControlService:
         self.port = channel.port + facts.dp_rank if channel.port else 0
         self.engine = f"{socket.gethostname()}:{self.port}"
         self.epoch = time.time_ns()
+        party = Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints))
+        self._identity: object = msgspec.to_builtins(party)
         self._server: SideChannelServer | None = None
         self.prefill: PrefillService | None = None
         self.decode: PrefillWorkers | None = None
@@ -158,6 +161,7 @@ class ControlService:
             "epoch": self.epoch,
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
+            "identity": self._identity,
             **self._snapshot(),
             **self._links(),
         }

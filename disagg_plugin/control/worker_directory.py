@@ -85,6 +85,11 @@ class WorkerDirectory:
                 known.setdefault(found.name, found)
         return known
 
+    @property
+    def unresolved(self) -> list[str]:
+        """Names that have no address, as of the last look."""
+        return sorted(self._failing - self._found.keys())
+
     async def look(self) -> None:
         """Look every name up once."""
         hosts = dict.fromkeys(urlsplit(settings.url).hostname or "" for settings in self._named)

@@ -45,7 +45,7 @@ class Unusual:
         return self.ranks[0]
 
     def local(self, prompt: list[int], **params: Any) -> Answer:
-        """What the prefill engine, asked directly, answers: an ordinary engine that has nothing to do with transfers."""
+        """What the prefill engine answers when it is asked directly, as an ordinary engine."""
         return self.prefill.complete(prompt, cache_salt="local", **params)
 
 
@@ -216,7 +216,7 @@ def test_a_paused_decode_engine_goes_on_when_resumed(pair: Unusual) -> None:
     assert same_tokens(got, pair.local(prompt))
 
 
-def several_long(pair: Unusual, seed: int) -> list[list[int]]:
+def several_long(seed: int) -> list[list[int]]:
     return [prompt_of(2_300, seed=seed + at) for at in range(4)]
 
 
@@ -236,7 +236,7 @@ def assert_right(pair: Unusual, prompts: list[list[int]], answers: list[Answer])
 
 
 def test_a_paused_prefill_engine_hands_its_prompts_back(pair: Unusual) -> None:
-    prompts = several_long(pair, seed=90)
+    prompts = several_long(seed=90)
     counted = Offloads(pair.decode)
     answers = answers_while(pair, prompts, lambda: post(pair.prefill, "/pause?mode=abort"))
     post(pair.prefill, "/resume")
@@ -246,7 +246,7 @@ def test_a_paused_prefill_engine_hands_its_prompts_back(pair: Unusual) -> None:
 
 
 def test_a_prefill_engine_that_is_told_to_leave_hands_back_and_leaves(pair: Unusual) -> None:
-    prompts = several_long(pair, seed=100)
+    prompts = several_long(seed=100)
     process = psutil.Process(pair.prefill.pid)
     counted = Offloads(pair.decode)
     answers = answers_while(pair, prompts, process.terminate)
