@@ -19,9 +19,9 @@ every byte follows from the prompt. D is the decode engine, P a prefill engine.
 - **streaming**: about half of the KV stands in D's cache.
 - **landed**: all of it has landed, D decodes.
 
-In every cell the test asserts: every byte of the request's KV is right; it ends within its deadline; its load is reported
-to the engine exactly once; afterwards no block, slot, ticket, call or private buffer is in use on either side; the
-counters named below say what happened; one of the next prompts is offloaded again. *italic* cells cannot occur.
+In every cell the test asserts: every byte of the request's KV is right; it ends within its deadline; its load is
+reported to the engine exactly once; afterwards no block, slot, ticket, call or private buffer is in use on either side;
+the counters named below say what happened; one of the next prompts is offloaded again. *italic* cells cannot occur.
 
 """
 

@@ -82,8 +82,11 @@ Event = ChunkDone | SendBroken | Landed | ReceiveBroken | LinkLost
 
 @dataclass(slots=True)
 class _Agent:
-    """An agent that the transport knows. It stays known when its last link ends: a peer that was only silent for a while
-    comes back as it was, and a connection that one side made anew does not match what the other side kept."""
+    """An agent that the transport knows, also when its last link has ended.
+
+    A peer that was only silent for a while comes back as it was; a connection that one side made anew does not match
+    what the other side kept.
+    """
 
     peer: str
     metadata: bytes

@@ -1,7 +1,8 @@
 """The synthetic decode engine: a scheduler in the manner of vLLM's, with its asserts about loads that end.
 
-Gates: ``decode`` keeps requests running once their prompt is complete; ``steps`` freezes the engine's worker: nothing
-is staged, scattered or reported; ``no_room`` says that the cache is full; ``abort_at_allocation`` aborts a request in the step that allocates for it.
+Gates: ``decode`` keeps requests running once their prompt is complete; ``steps`` freezes the engine: nothing is
+staged, scattered or reported; ``no_room`` says that the cache is full; ``abort_at_allocation`` aborts a request in the
+step that allocates for it.
 """
 
 from collections import Counter
