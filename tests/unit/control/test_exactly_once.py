@@ -7,10 +7,10 @@ two ranks' real data planes, the real decode role, a scheduler in the manner of 
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from unit.control.decode_bench import FakePort
 
 from disagg_plugin.config import load_settings
@@ -78,17 +78,31 @@ class Request:
     loads: int = 0
 
 
-class Machine(RuleBasedStateMachine):
-    """The interleavings."""
+class Port(FakePort):
+    """Remembers which transfer a worker was told to send."""
 
-    @initialize()
-    def start(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.readies: list[tuple[bytes, str, int, int]] = []
+
+    def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None:
+        self.readies.append((transfer_id, peer, first_token, end_token))
+
+
+class World:
+    """One decode engine of two ranks, two prefill workers, and requests whose blocks are allocated.
+
+    Args:
+        abort_at_allocation: The last one's client goes away in the step that allocates.
+    """
+
+    def __init__(self, requests: int = 1, *, abort_at_allocation: bool = False) -> None:
         self.now = 1_000.0
         self.network = MemoryNetwork(manual=True)
         self.views = [self.view(rank) for rank in range(RANKS)]
         self.ranks = [self.plane("d", rank, self.views[rank]) for rank in range(RANKS)]
         self.peers = {name: [self.plane(name, rank, self.view(rank)) for rank in range(RANKS)] for name in WORKERS}
-        self.port = FakePort()
+        self.port = Port()
         (first,) = self.port.states
         self.port.states = [replace(first, worker=name) for name in WORKERS]
         self.side = DecodeSide(
@@ -99,11 +113,19 @@ class Machine(RuleBasedStateMachine):
         self.aggregator = Aggregator()
         self.reported: dict[tuple[str, int], int] = {}
         self.joined: set[str] = set()
+        self.started: set[bytes] = set()
         for name in WORKERS:
             self.join(name)
             for plane in self.peers[name]:
                 plane.apply([self.add("d", self.ranks, receives=False, region=2 * WORKERS.index(name))])
                 plane.pump_once()
+
+        for _ in range(requests):
+            self.send()
+        self.step()
+        self.a_worker_starts()
+        self.step(abort_at_allocation=abort_at_allocation)
+        self.the_workers_compute()
 
     def view(self, rank: int) -> DenseView:
         return DenseView(GEOMETRY, blocks=PAGES, block_size=PAGE, heads=HeadRange(rank, 1))
@@ -126,25 +148,26 @@ class Machine(RuleBasedStateMachine):
 
     def join(self, name: str) -> None:
         self.joined.add(name)
-        self.port.events.append(PeerJoined(self.add(name, self.peers[name], receives=True, region=2 * WORKERS.index(name))))
+        self.port.events.append(
+            PeerJoined(self.add(name, self.peers[name], receives=True, region=2 * WORKERS.index(name)))
+        )
 
-    # -- what happens ------------------------------------------------------------------------------------------
+    # -- the engine --------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.requests) < 3)
-    @rule()
-    def a_request_comes(self) -> None:
+    def send(self) -> None:
         number = len(self.requests)
         prompt = PromptView(f"r{number}", tuple(range(100 * number, 100 * number + TOKENS)))
         self.requests[prompt.request_id] = Request(prompt, number)
 
-    @rule(abort_at_allocation=st.booleans())
-    def the_engine_steps(self, abort_at_allocation: bool = False) -> None:
-        for request in self.requests.values():
+    def step(self, *, abort_at_allocation: bool = False) -> None:
+        """One step of the engine, both ranks' hooks and the aggregator included."""
+        for request in list(self.requests.values()):
             if request.state == "waiting":
-                self.schedule(request, abort_at_allocation)
+                last = request.number == len(self.requests) - 1
+                self.schedule(request, abort=abort_at_allocation and last)
         commands: list[Command] = self.side.step()
-        named, invalid = [], set()
-        reports = []
+        named, reports = [], []
+        invalid: set[int] = set()
         for rank, plane in enumerate(self.ranks):
             plane.apply(commands)
             plane.after_forward(computed=False)
@@ -154,11 +177,12 @@ class Machine(RuleBasedStateMachine):
             reports.append(plane.report())
             for request_id in done.received:
                 self.reported[request_id, rank] = self.reported.get((request_id, rank), 0) + 1
+                assert self.reported[request_id, rank] <= self.requests[request_id].loads
         self.side.reports(reports)
         for request_id in self.aggregator.ended(named):
             self.take_back(self.requests[request_id], invalid)
 
-    def schedule(self, request: Request, abort: bool) -> None:
+    def schedule(self, request: Request, *, abort: bool) -> None:
         answer = self.side.match(request.prompt, 0, free_tokens=len(self.free) * PAGE)
         count = -(-TOKENS // PAGE)
         if isinstance(answer, NotYet) or count > len(self.free):
@@ -192,55 +216,98 @@ class Machine(RuleBasedStateMachine):
         self.free += request.blocks
         request.blocks = ()
 
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data())
-    def a_client_goes_away(self, data: st.DataObject) -> None:
-        self.abort(self.requests[data.draw(st.sampled_from(self.alive()))])
-
-    def alive(self) -> list[str]:
-        return [name for name, request in self.requests.items() if request.state != "ended"]
-
     def abort(self, request: Request) -> None:
+        if request.state == "ended":
+            return
         loading = request.state == "loading"
         request.state = "ended"
         self.side.finished(request.prompt.request_id)
         if not loading:
             self.give_back(request)
 
-    @precondition(lambda self: any(request.state == "running" for request in self.requests.values()))
-    @rule()
-    def the_engine_preempts(self) -> None:
-        request = next(request for request in self.requests.values() if request.state == "running")
-        self.give_back(request)
-        request.state = "waiting"
+    # -- what happens ------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.port.offers)
-    @rule(data=st.data(), starts=st.booleans())
-    def a_worker_accepts(self, data: st.DataObject, starts: bool) -> None:
-        call: OfferCall = data.draw(st.sampled_from(self.port.offers))
-        worker = call.workers[0]
-        self.port.events.append(PrefillAccepted(call.transfer_id, worker, 9.0))
-        if starts:
-            self.port.events.append(PrefillStarted(call.transfer_id, worker))
+    def happens(self, event: str) -> None:
+        """Let one of ``EVENTS`` happen."""
+        name, _, argument = event.partition(" ")
+        getattr(self, f"_{name}")(*([int(argument)] if argument else []))
 
-    @precondition(lambda self: self.port.offers)
-    @rule(data=st.data())
-    def a_worker_gives_up(self, data: st.DataObject) -> None:
-        call: OfferCall = data.draw(st.sampled_from(self.port.offers))
+    def _chunk(self, rank: int, damaged: bool = False) -> None:
+        """The next chunk of a rank arrives, and its thread notices."""
+        target = self.ranks[rank].endpoint.agent_name
+        write = next((one for one in self.network.pending if one.target == target), None)
+        if write is not None:
+            self.network.deliver(write, flip_byte=200 if damaged else None)
+        self.ranks[rank].pump_once()
+        self._workers()
+
+    def _damaged(self, rank: int) -> None:
+        self._chunk(rank, damaged=True)
+
+    def _all(self, rank: int) -> None:
+        """Whatever is still to come for a rank arrives."""
+        for _ in range(6):
+            self._chunk(rank)
+
+    def _abort(self) -> None:
+        self.abort(self.requests["r0"])
+
+    def _deadline(self) -> None:
+        self.now += 31.0
+
+    def _stall(self) -> None:
+        self.now += 6.0
+        for plane in self.ranks:
+            plane.pump_once()
+
+    def _lost(self, worker: int) -> None:
+        if (name := WORKERS[worker]) in self.joined:
+            self.joined.discard(name)
+            self.port.events.append(PeerLeft(name, "peer_lost"))
+
+    def _back(self) -> None:
+        for name in WORKERS:
+            if name not in self.joined:
+                self.join(name)
+
+    def _preempt(self) -> None:
+        for request in self.requests.values():
+            if request.state == "running":
+                self.give_back(request)
+                request.state = "waiting"
+
+    def _fails(self) -> None:
+        """The HTTP call of the newest offer fails."""
+        call = self.port.offers[-1]
         self.port.events.append(PrefillFailed(call.transfer_id, "http_connection_lost", call.workers[0]))
 
-    @precondition(lambda self: any(sent[0] == "ready" for sent in self.port.sent))
-    @rule()
+    def _starts(self) -> None:
+        """Whoever was asked last accepts, starts, and computes what it is asked for."""
+        self.a_worker_starts()
+        self.step()
+        self.the_workers_compute()
+
+    def _workers(self) -> None:
+        for planes in self.peers.values():
+            for plane in planes:
+                plane.after_forward(computed=False)
+                plane.pump_once()
+
+    def a_worker_starts(self) -> None:
+        for call in self.port.offers:
+            if call.transfer_id not in self.started:
+                self.started.add(call.transfer_id)
+                self.port.events.append(PrefillAccepted(call.transfer_id, call.workers[0], 9.0))
+                self.port.events.append(PrefillStarted(call.transfer_id, call.workers[0]))
+
     def the_workers_compute(self) -> None:
         """Every range that was asked for and not yet begun."""
-        for sent in [sent for sent in self.port.sent if sent[0] == "ready"]:
-            self.port.sent.remove(sent)
-            first, _, end = sent[2].partition("-")
-            calls = [call for call in self.port.offers if call.workers[0] == sent[1]]
-            for call in calls:
-                self.send(call, sent[1], int(first), int(end))
+        asked, self.port.readies = self.port.readies, []
+        calls = {call.transfer_id: call for call in self.port.offers}
+        for transfer_id, worker, first, end in asked:
+            self.deliver_prompt(calls[transfer_id], worker, first, end)
 
-    def send(self, call: OfferCall, worker: str, first: int, end: int) -> None:
+    def deliver_prompt(self, call: OfferCall, worker: str, first: int, end: int) -> None:
         blocks = tuple(range(1, -(-TOKENS // PAGE) + 1))
         for plane in self.peers[worker]:
             view = plane._view
@@ -251,56 +318,17 @@ class Machine(RuleBasedStateMachine):
             plane.after_forward(computed=True)
             plane.pump_once()
 
-    @precondition(lambda self: self.network.pending)
-    @rule(data=st.data(), damaged=st.booleans())
-    def a_chunk_arrives(self, data: st.DataObject, damaged: bool) -> None:
-        write = data.draw(st.sampled_from(range(len(self.network.pending))))
-        self.network.deliver(self.network.pending[write], flip_byte=200 if damaged else None)
+    # -- afterwards --------------------------------------------------------------------------------------------
 
-    @rule(rank=st.integers(0, RANKS - 1))
-    def a_ranks_thread_runs(self, rank: int) -> None:
-        self.ranks[rank].pump_once()
-
-    @rule()
-    def the_workers_threads_run(self) -> None:
-        for planes in self.peers.values():
-            for plane in planes:
-                plane.after_forward(computed=False)
-                plane.pump_once()
-
-    @rule(seconds=st.sampled_from([1.0, 6.0, 40.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-
-    @precondition(lambda self: self.joined)
-    @rule(data=st.data())
-    def a_worker_is_lost(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.joined)))
-        self.joined.discard(name)
-        self.port.events.append(PeerLeft(name, "peer_lost"))
-
-    @precondition(lambda self: len(self.joined) < len(WORKERS))
-    @rule()
-    def a_worker_comes_back(self) -> None:
-        self.join(next(name for name in WORKERS if name not in self.joined))
-
-    # -- what always holds -------------------------------------------------------------------------------------
-
-    @invariant()
-    def no_rank_reports_more_often_than_there_were_loads(self) -> None:
-        for (request_id, _rank), times in getattr(self, "reported", {}).items():
-            assert times <= self.requests[request_id].loads
-
-    def teardown(self) -> None:
-        if not hasattr(self, "side"):
-            return
+    def end(self) -> None:
+        """Everybody goes home: exactly one report per load and rank, and nothing is left."""
         for _ in range(3):
-            for name in self.alive():
-                self.abort(self.requests[name])
+            for request in self.requests.values():
+                self.abort(request)
             self.now += 100.0
             for plane in self.ranks:
                 plane.pump_once()
-            self.the_engine_steps()
+            self.step()
         for request_id, request in self.requests.items():
             for rank in range(RANKS):
                 assert self.reported.get((request_id, rank), 0) == request.loads
@@ -314,5 +342,37 @@ class Machine(RuleBasedStateMachine):
             assert (counters["hook_errors"], counters["internal_errors"]) == (0, 0)
 
 
-TestExactlyOnce = Machine.TestCase
-TestExactlyOnce.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+EVENTS = (
+    *("chunk 0", "chunk 1", "damaged 0", "damaged 1", "all 0", "all 1", "abort", "deadline", "stall", "lost 0"),
+    *("lost 1", "back", "preempt", "fails", "starts"),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    events=st.lists(st.tuples(st.sampled_from(EVENTS), st.booleans()), min_size=2, max_size=9),
+    requests=st.integers(1, 2),
+    abort_at_allocation=st.booleans(),
+)
+def test_in_any_order_every_load_is_reported_once_by_every_rank(
+    events: list[tuple[str, bool]], requests: int, abort_at_allocation: bool
+) -> None:
+    world = World(requests, abort_at_allocation=abort_at_allocation)
+    for event, steps in events:
+        world.happens(event)
+        if steps:
+            world.step()
+    world.end()
+
+
+@pytest.mark.parametrize(
+    "first", ["abort", "deadline", "stall", "lost 0", "lost 1", "fails", "damaged 0", "all 0", "all 1"]
+)
+@pytest.mark.parametrize("second", ["abort", "deadline", "lost 0", "lost 1", "all 0", "all 1", "starts", "preempt"])
+@pytest.mark.parametrize("third", ["all 0", "all 1", "starts", "abort"])
+def test_every_three_events_with_a_step_between_them(first: str, second: str, third: str) -> None:
+    world = World()
+    for event in (first, second, third, "starts", "all 0", "all 1"):
+        world.happens(event)
+        world.step()
+    world.end()
