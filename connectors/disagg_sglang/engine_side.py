@@ -7,8 +7,12 @@ side is one object. ``step`` runs once per turn of the scheduler's loop, between
 import atexit
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from disagg_plugin.boundary import boundary
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
@@ -33,6 +37,7 @@ class EngineSide:
     Attributes:
         fill: The decode role; None on a prefill server.
         export: The prefill role; None on a decode server.
+        broken: It gave up; SGLang serves as if it were not there, and as a prefill server nothing.
     """
 
     def __init__(self, scheduler: Any, settings: DisaggSettings) -> None:
@@ -85,10 +90,14 @@ class EngineSide:
                 self._load,
                 pages_wait_s=settings.transfer.start_timeout_s,
                 step=self.step,
+                give_up=self.give_up,
                 kv_usage=lambda: 1.0 - self._free_tokens() / max(capacity_tokens, 1),
             )
             scheduler.disagg_prefill_bootstrap_queue.kv_manager.export = self.export
         self._busy = False
+        self.broken = False
+        self._held_back = 0
+        self._forward_stream = scheduler.forward_stream if str(pool.device).startswith("cuda") else None
         for line in not_active_yet(settings):
             logger.warning("disagg: %s", line)
         logger.info(
@@ -99,9 +108,11 @@ class EngineSide:
             len(settings.prefill_workers) if service.decode is not None else 0,
         )
 
+    @boundary
     def step(self) -> None:
         """One turn: commands to the data plane, what landed into the pool, what ended back to the role's half."""
         self._load.step_ended(self._forwards)
+        self._publish_held_back()
         commands: list[Command] = []
         if self.fill is not None:
             commands += self.fill.commands()
@@ -112,6 +123,9 @@ class EngineSide:
             return
         plane = self._plane
         plane.apply(commands)
+        if self._forward_stream is not None and self.fill is not None and self.fill.receiving:
+            # a forward still under way may write to pages that were freed since: what lands must come after it
+            torch.cuda.current_stream().wait_stream(self._forward_stream)
         plane.after_forward(computed=not self._scheduler.running_batch.is_empty())
         done, report = plane.take_completions(), plane.report()
         self._busy = report.busy
@@ -121,6 +135,7 @@ class EngineSide:
             self.export.ended(report, done)
         self._let_others_run()
 
+    @boundary
     def batch_starts(self, batch: Any) -> None:
         """A forward is about to be launched."""
         self._forwards += 1
@@ -133,6 +148,50 @@ class EngineSide:
         if self.export is not None:
             self.export.batch_starts(works)
 
+    def take(self, req: Any, enqueue: Callable[[], None]) -> bool:
+        """True: a request waits here, and ``enqueue`` is called when it need not any more; or was already."""
+        enqueued: list[Any] = []
+
+        def once() -> None:
+            enqueued.append(req)
+            enqueue()
+
+        return bool(self._take(req, once)) or bool(enqueued)
+
+    @boundary
+    def _take(self, req: Any, enqueue: Callable[[], None]) -> bool:
+        return self.fill is not None and self.fill.take(req, enqueue)
+
+    @boundary
+    def aborted(self, rid: str, *, everything: bool) -> None:
+        """SGLang is about to abort what begins with ``rid``."""
+        if self.fill is not None:
+            self.fill.abort(rid, everything=everything)
+
+    @boundary
+    def dropped(self, req: Any) -> None:
+        """SGLang drops a request unserved."""
+        if self.fill is not None:
+            self.fill.dropped(req)
+
+    @boundary
+    def weights_updated(self) -> None:
+        """Digest and fingerprint are those of the old weights: KV of old and new ones must never meet."""
+        logger.warning("disagg: the model's weights were updated in place: no KV is exchanged until a restart")
+        if self.fill is not None:
+            self.fill.stop("weights_updated")
+        if self._service.prefill is not None:
+            self._service.prefill.refuse_all("weights_updated")
+
+    def give_up(self) -> None:
+        """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
+        self.broken = True
+        self.close()
+        if self.export is not None:
+            self.export.broken = True
+        if self.fill is not None:
+            self.fill.give_up()
+
     @property
     def holds_pages(self) -> bool:
         """Whether requests wait, or pages are in use, that SGLang does not know of: it is not idle then."""
@@ -144,6 +203,12 @@ class EngineSide:
             self._decode.close()
         self._service.close()
         self._plane.close()
+
+    def _publish_held_back(self) -> None:
+        """SGLang publishes its load after forwards only; whoever reads it should see what waits for KV too."""
+        if self.fill is not None and (held := self.fill.waiting + self.fill.receiving) != self._held_back:
+            self._held_back = held
+            self._scheduler.publish_load_snapshot(force=True)
 
     def _let_others_run(self) -> None:
         scheduler = self._scheduler

@@ -11,13 +11,19 @@ import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disagg_sglang import BACKEND
 
+if TYPE_CHECKING:
+    from disagg_sglang.engine_side import EngineSide
+
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
+_PARTS = "sglang.srt.managers.scheduler_components"
 _UTILS = "sglang.srt.disaggregation.utils"
+
+_side: "EngineSide | None" = None  # of this process's scheduler
 
 
 class Hook(NamedTuple):
@@ -44,6 +50,8 @@ IN_SCHEDULER = (
     Hook(f"{_SCHEDULER}.__init__", "after", ("self", "server_args", "port_args"), "scheduler_made"),
     Hook(f"{_SCHEDULER}.ingest_requests", "after", ("self", "stop_at_pause"), "loop_turned"),
     Hook(f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), "request_queued"),
+    Hook(f"{_SCHEDULER}._abort_on_queued_limit", "around", ("self", "recv_req"), "queue_limited"),
+    Hook(f"{_SCHEDULER}._release_aborted_request", "after", ("self", "req"), "request_dropped"),
     Hook(f"{_SCHEDULER}.abort_request", "before", ("self", "recv_req"), "request_aborted"),
     Hook(f"{_SCHEDULER}.is_fully_idle", "after", ("self", "for_health_check", "ignore_waiting"), "asked_if_idle"),
     Hook(f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), "batch_starts"),
@@ -53,6 +61,13 @@ IN_SCHEDULER = (
         "after",
         ("self", "req", "num_kv_heads"),
         "sender_made",
+    ),
+    Hook(f"{_PARTS}.load_inquirer.SchedulerLoadInquirer.get_loads", "after", ("self",), "loads_taken"),
+    Hook(
+        f"{_PARTS}.weight_updater.SchedulerWeightUpdaterManager.record_weight_version_after_update",
+        "after",
+        ("self", "weight_version"),
+        "weights_updated",
     ),
 )
 _RESOLUTION_STEP = "handle_pd_disaggregation"
@@ -136,51 +151,80 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: An
 
 
 def scheduler_made(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _side
     from disagg_sglang import launch
 
-    scheduler.disagg = None
     if (role := launch.role_of(scheduler.server_args)) is not None:
         from disagg_sglang.engine_side import EngineSide
 
-        scheduler.disagg = EngineSide(scheduler, launch.settings_for(role))
+        _side = EngineSide(scheduler, launch.settings_for(role))
 
 
-def loop_turned(_result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    if scheduler.disagg is not None:
-        scheduler.disagg.step()
+def loop_turned(_result: Any, *_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.step()
 
 
 def request_queued(original: Callable[..., Any], scheduler: Any, req: Any, is_retracted: bool = False) -> Any:
-    side = scheduler.disagg
-    if side is None or side.fill is None or is_retracted:
+    if _side is None or is_retracted or not _side.take(req, lambda: original(scheduler, req)):
         return original(scheduler, req, is_retracted)
-    if not side.fill.take(req, lambda: original(scheduler, req)):
-        return original(scheduler, req)
     return None
 
 
-def request_aborted(scheduler: Any, recv_req: Any) -> None:
-    if scheduler.disagg is not None and scheduler.disagg.fill is not None:
-        scheduler.disagg.fill.abort(recv_req.rid, everything=recv_req.abort_all)
+def queue_limited(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """As SGLang does it, but with the requests that we keep back in the count."""
+    fill = _side.fill if _side is not None else None
+    if fill is None or not fill.exceeds_queue_limit(recv_req):
+        return fill is None and original(scheduler, recv_req)
+    kept = scheduler.max_queued_requests, scheduler.enable_priority_scheduling
+    scheduler.max_queued_requests = len(scheduler.waiting_queue)
+    scheduler.enable_priority_scheduling = kept[1] and bool(scheduler.waiting_queue)  # it may drop one of these instead
+    try:
+        return original(scheduler, recv_req)
+    finally:
+        scheduler.max_queued_requests, scheduler.enable_priority_scheduling = kept
 
 
-def asked_if_idle(result: bool, scheduler: Any, for_health_check: bool = False, **_kwargs: Any) -> bool:
-    if for_health_check or scheduler.disagg is None:
-        return result
-    return result and not scheduler.disagg.holds_pages
+def request_dropped(_result: None, _scheduler: Any, req: Any) -> None:
+    if _side is not None:
+        _side.dropped(req)
 
 
-def batch_starts(scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-    if scheduler.disagg is not None:
-        scheduler.disagg.batch_starts(batch)
+def request_aborted(_scheduler: Any, recv_req: Any) -> None:
+    if _side is not None:
+        _side.aborted(recv_req.rid, everything=recv_req.abort_all)
 
 
-def cache_flushed(result: bool, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    if result and scheduler.disagg is not None and scheduler.disagg.export is not None:
-        scheduler.disagg.export.cache_reset()
+def asked_if_idle(result: bool, _scheduler: Any, for_health_check: bool = False, **_kwargs: Any) -> bool:
+    return result and (for_health_check or _side is None or not _side.holds_pages)
+
+
+def batch_starts(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.batch_starts(batch)
+
+
+def cache_flushed(result: bool, *_args: Any, **_kwargs: Any) -> None:
+    if result and _side is not None and _side.export is not None:
+        _side.export.cache_reset()
 
 
 def sender_made(result: bool, _queue: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     bind = getattr(req.disagg_kv_sender, "bind", None)  # health checks have SGLang's fake sender
     if result and bind is not None:
         bind(req)
+
+
+def loads_taken(loads: Any, _inquirer: Any) -> None:
+    """``/v1/loads``, its ZMQ and shared-memory forms: what waits for KV waits, as on SGLang's own decode servers."""
+    fill = _side.fill if _side is not None else None
+    if fill is not None:
+        loads.num_waiting_reqs += fill.waiting + fill.receiving
+        loads.disaggregation.mode = "decode"
+        loads.disaggregation.decode_prealloc_queue_reqs = fill.waiting
+        loads.disaggregation.decode_transfer_queue_reqs = fill.receiving
+
+
+def weights_updated(*_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.weights_updated()

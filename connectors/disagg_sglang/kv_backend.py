@@ -28,6 +28,7 @@ from sglang.srt.disaggregation.base.conn import (
     KVTransferMetric,
 )
 
+from disagg_plugin.boundary import boundary
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.prefill_service import HeldPrompt, PrefillService
 from disagg_plugin.control.prefill_side import PrefillSide
@@ -51,6 +52,7 @@ class PromptExport:
         pages_wait_s: float,
         step: Callable[[], None],
         kv_usage: Callable[[], float],
+        give_up: Callable[[], None],
     ) -> None:
         self._prefill = prefill
         self._service = service
@@ -58,14 +60,18 @@ class PromptExport:
         self._kv_usage = kv_usage
         self.offer_timeout_s = pages_wait_s
         self.step = step
+        self.give_up = give_up
+        self.broken = False
         self._senders: dict[str, DisaggKVSender] = {}
 
+    @boundary
     def arrived(self, sender: "DisaggKVSender") -> None:
         """A request came over HTTP; its offer may still be under way."""
         self._senders[sender.rid] = sender
         self._load.arrived(sender.rid, len(sender.prompt))
         self._publish()
 
+    @boundary
     def ticket_of(self, sender: "DisaggKVSender") -> bool | None:
         """True: offered; False: another prompt was; None: nothing yet."""
         transfer_id = self._prefill.offered_in_room(sender.bootstrap_room)
@@ -73,6 +79,7 @@ class PromptExport:
             return None
         return self._prefill.new_request(sender.rid, transfer_id, len(sender.prompt), prompt=sender.prompt)
 
+    @boundary
     def batch_starts(self, works: Iterable[PromptWork]) -> None:
         """A forward that computes these parts of prompts is about to be launched."""
         for work in works:
@@ -80,6 +87,7 @@ class PromptExport:
                 self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
         self._publish()
 
+    @boundary
     def computed(self, sender: "DisaggKVSender") -> None:
         """More of the prompt stands in its pages; after the last of it SGLang must keep them while we read."""
         self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
@@ -88,6 +96,7 @@ class PromptExport:
             sender.holding = self._prefill.finished(sender.rid, completed=True)
         self.step()
 
+    @boundary
     def gone(self, sender: "DisaggKVSender") -> None:
         """The request left the engine, however it ended."""
         if self._senders.pop(sender.rid, None) is not None:
@@ -170,6 +179,8 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
     def poll(self) -> int:
         if self._failure:
             return int(KVPoll.Failed)
+        if self._export.broken:
+            return self._fail("disagg gave up")
         if not self._offered:
             return self._wait_for_offer()
         if self.tokens < len(self.prompt):

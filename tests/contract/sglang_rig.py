@@ -92,6 +92,8 @@ class SglangRig:
             waiting_queue=[],
             chunked_req=None,
             last_batch=None,
+            max_queued_requests=None,
+            _engine_paused=False,
             running_batch=SimpleNamespace(is_empty=lambda: not self.running),
             grammar_manager=SimpleNamespace(grammar_queue=[]),
         )
@@ -100,20 +102,19 @@ class SglangRig:
         self.decode = DecodeSide(SETTINGS, port, engine="d", kv_capacity_tokens=PAGES * PAGE)
         self.fill = PromptFill(self.scheduler, self.decode, port)  # type: ignore[arg-type]  # the port does both
 
-    def send(self, request_id: str, prompt: list[int]) -> None:
+    def send(self, request_id: str, prompt: list[int], **fields: object) -> None:
         ended = SimpleNamespace(value=False)
         absent = ("bootstrap_host", "bootstrap_room", "input_embeds", "positional_embed_overrides", "multimodal_inputs")
         absent += ("to_finish", "session", "lora_id", "extra_key", "token_type_ids", "cache_salt", "priority")
         no = ("return_logprob", "return_hidden_states", "return_routed_experts", "skip_radix_cache_insert")
-        req = SimpleNamespace(
-            rid=request_id,
-            origin_input_ids=array("q", prompt),
-            bootstrap_port=8998,
-            ended=ended,
-            finished=lambda: ended.value,
-            **dict.fromkeys(absent),
-            **dict.fromkeys(no, False),
-        )
+        given = {
+            "rid": request_id,
+            "origin_input_ids": array("q", prompt),
+            "bootstrap_port": 8998,
+            "ended": ended,
+            "finished": lambda: ended.value,
+        }
+        req = SimpleNamespace(**{**dict.fromkeys(absent), **dict.fromkeys(no, False), **given, **fields})
         self.requests[request_id] = req
         if not self.fill.take(req, lambda: self.scheduler.waiting_queue.append(req)):
             self.scheduler.waiting_queue.append(req)

@@ -18,6 +18,7 @@ from sglang_e2e.client import Engine, at_once
 THRESHOLD = 24  # below every prompt that is to be offloaded, above the ones that are to stay
 PAGE = 16
 CHUNK_TOKENS = 256
+PREFILL_QUEUE = 8  # that the prefill server takes; its decode server would send it more
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # tiny: layers × sides × heads × head_dim × float32
 
 TRANSFER = {
@@ -107,7 +108,8 @@ def settings(side_port: int, **more: Any) -> dict[str, Any]:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     p_port, p_side, p_bootstrap, d_port, d_side, s_port = (free_port() for _ in range(6))
-    p_plan = Plan("prefill", p_port, "prefill", settings(p_side), p_bootstrap)
+    split = {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": PREFILL_QUEUE}
+    p_plan = Plan("prefill", p_port, "prefill", settings(p_side, split_policy=split), p_bootstrap)
     worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
     d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))
     with ExitStack() as stack:
