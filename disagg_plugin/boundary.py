@@ -1,9 +1,9 @@
-"""What happens to an error of ours in an engine's thread, where it would end the engine and every request with it."""
+"""What happens to an error of ours where an engine calls us: it must not end the engine, or requests of others."""
 
 import functools
 import logging
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,7 @@ class Breakable(Protocol):
         """Let go of everything; afterwards it is broken."""
 
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 _Self = TypeVar("_Self", bound=Breakable)
 _Args = ParamSpec("_Args")
 _Answer = TypeVar("_Answer")
@@ -39,3 +40,21 @@ def boundary(call: Callable[Concatenate[_Self, _Args], _Answer]) -> Callable[Con
             return None
 
     return within
+
+
+def guarded(call: _Call) -> _Call:
+    """A call that never raises and goes on being called: it says None, and its first exception is logged."""
+    said = False
+
+    @functools.wraps(call)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        nonlocal said
+        try:
+            return call(*args, **kwargs)
+        except Exception:
+            if not said:
+                said = True
+                logger.exception("disagg: %s failed; figures will be missing", call.__qualname__)
+            return None
+
+    return cast("_Call", within)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from disagg_sglang import BACKEND
 
 if TYPE_CHECKING:
+    from disagg_sglang.api_server import ApiServer
     from disagg_sglang.engine_side import EngineSide
 
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
@@ -23,7 +24,15 @@ _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
 _PARTS = "sglang.srt.managers.scheduler_components"
 _UTILS = "sglang.srt.disaggregation.utils"
 
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+_RUN_PARAMETERS = (
+    "server_args tokenizer_manager template_manager port_args scheduler_infos "
+    "subprocess_watchdog execute_warmup_func launch_callback"
+)
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
 _side: "EngineSide | None" = None  # of this process's scheduler
+_api: "ApiServer | None" = None  # of this process's HTTP server
 
 
 class Hook(NamedTuple):
@@ -45,6 +54,16 @@ EVERYWHERE = (
     Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", ("parser",), "add_flag"),
     Hook(f"{_UTILS}.TransferBackend", "replace", None, "extended_backends"),
     Hook(f"{_UTILS}.get_kv_class", "around", ("transfer_backend", "class_type"), "kv_class"),
+)
+IN_API_SERVER = (
+    Hook(
+        f"{_HTTP_SERVER}._setup_and_run_http_server",
+        "before",
+        tuple(_RUN_PARAMETERS.split()),
+        "http_server_starts",
+    ),
+    Hook(f"{_TOKENIZER}._send_one_request", "around", ("self", "tokenized_obj"), "prompt_sent"),
+    Hook(f"{_TOKENIZER}.collect_metrics", "after", ("self", "state", "recv_obj", "i"), "request_measured"),
 )
 IN_SCHEDULER = (
     Hook(f"{_SCHEDULER}.__init__", "after", ("self", "server_args", "port_args"), "scheduler_made"),
@@ -76,7 +95,7 @@ _RESOLUTION_STEP = "handle_pd_disaggregation"
 def wanted_here() -> tuple[Hook, ...]:
     """The hooks of this process: a scheduler's child process has more, the detokenizer's none."""
     if multiprocessing.parent_process() is None:
-        return EVERYWHERE
+        return EVERYWHERE + IN_API_SERVER
     return EVERYWHERE + IN_SCHEDULER if _SCHEDULER_MODULE in sys.modules else ()
 
 
@@ -147,6 +166,31 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: An
     return kv_backend.CLASSES.get(class_type.value)
 
 
+# -- API process -------------------------------------------------------------------------------------------------------
+
+
+def http_server_starts(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _api
+    from disagg_sglang import api_server, launch
+
+    if (role := launch.role_of(server_args)) is not None:
+        from sglang.srt.arg_groups.overrides import resolving_view
+
+        _api = api_server.set_up(launch.settings_for(role), resolving_view(server_args))
+
+
+def prompt_sent(original: Callable[..., Any], manager: Any, tokenized_obj: Any) -> Any:
+    if _api is not None:
+        _api.sends(tokenized_obj)
+    return original(manager, tokenized_obj)
+
+
+def request_measured(_result: None, _manager: Any, state: Any, recv_obj: Any, i: int) -> None:
+    if _api is not None and state.finished and recv_obj.finished_reasons[i] is not None:
+        tokens = recv_obj.completion_tokens[i] if getattr(recv_obj, "completion_tokens", None) else 0
+        _api.measured(recv_obj.rids[i], recv_obj.finished_reasons[i], state.time_stats, tokens)
+
+
 # -- scheduler process -------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +210,8 @@ def loop_turned(_result: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 def request_queued(original: Callable[..., Any], scheduler: Any, req: Any, is_retracted: bool = False) -> Any:
+    if _side is not None and is_retracted:
+        _side.retracted(req.rid)
     if _side is None or is_retracted or not _side.take(req, lambda: original(scheduler, req)):
         return original(scheduler, req, is_retracted)
     return None

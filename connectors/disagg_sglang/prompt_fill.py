@@ -20,13 +20,15 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.prefill_workers import PrefillWorkers
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import Command, RankReport
 from disagg_plugin.kv.dataplane import Completions
-from disagg_sglang.support import local_only_reason
+from disagg_policies.admission_snapshots import ONLY_OFFLOAD
+from disagg_sglang.support import local_only_reason, routing_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class _Receiving:
 class PromptFill:
     """All requests of one decode server that wait for KV; scheduler's thread."""
 
-    def __init__(self, scheduler: Any, decode: DecodeSide, workers: PrefillWorkers) -> None:
+    def __init__(self, scheduler: Any, decode: DecodeSide, workers: PrefillWorkers, queue: EngineQueue) -> None:
         """
         Raises:
             ConfigError: The engine's prefix cache has not the calls that are needed.
@@ -75,6 +77,7 @@ class PromptFill:
         self._page = int(self._allocator.page_size)
         self._decode = decode
         self._workers = workers
+        self._queue = queue
         self._waiting: dict[str, _Waiting] = {}
         self._receiving: dict[str, _Receiving] = {}
         self._running: dict[str, Any] = {}  # SGLang's again; until they end
@@ -104,6 +107,7 @@ class PromptFill:
         if self.exceeds_queue_limit(req):
             return False  # SGLang refuses it
         cached_tokens, _ = self._match(req)
+        self._queue.cached(req.rid, cached_tokens)
         waiting = _Waiting(req, self._view(req), enqueue, cached_tokens)
         answer = self._ask(waiting)
         if isinstance(answer, PrefillLocally):
@@ -148,7 +152,7 @@ class PromptFill:
         """SGLang is about to abort what begins with ``rid``: show it what waits here, and give its KV up."""
         for running in [known for known in self._running if everything or known.startswith(rid)]:
             del self._running[running]
-            self._decode.finished(running)
+            self._ended(running)
         mine = [waiting.req for waiting in self._waiting.values()]
         mine += [fill.req for fill in self._receiving.values() if fill.enqueue is not None]
         for req in mine:
@@ -156,19 +160,19 @@ class PromptFill:
                 self._waiting.pop(req.rid, None)
                 if (fill := self._receiving.get(req.rid)) is not None:
                     fill.enqueue = None  # its pages are free once the data plane let go of them
-                self._decode.finished(req.rid)
+                self._ended(req.rid)
                 self._scheduler.waiting_queue.append(req)
 
     def dropped(self, req: Any) -> None:
         """SGLang drops a request unserved: its queue is full, or it waited too long."""
         if self._running.pop(req.rid, None) is not None:
-            self._decode.finished(req.rid)
+            self._ended(req.rid)
 
     def stop(self, reason: str) -> None:
         """From now on every prompt is computed here; of what has not landed yet, nothing is used."""
         self._stopped = reason
         for waiting in list(self._waiting.values()):
-            self._decode.finished(waiting.req.rid)
+            self._ended(waiting.req.rid)
             self._enqueue(waiting)
 
     def give_up(self) -> None:
@@ -189,6 +193,10 @@ class PromptFill:
         return {"waiting": len(self._waiting), "receiving": len(self._receiving), "locked": len(self._queued)}
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _ended(self, rid: str) -> None:
+        self._decode.finished(rid)
+        self._queue.finished(rid)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         """The prompt is computed here after all."""
@@ -222,11 +230,13 @@ class PromptFill:
         for rid, req in list(self._running.items()):
             if none or req.finished():
                 del self._running[rid]
-                self._decode.finished(rid)
+                self._ended(rid)
 
     def _ask(self, waiting: _Waiting) -> PrefillLocally | NotYet | Claim:
         free_tokens = int(self._allocator.available_size() + self._tree.evictable_size())
-        return self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
+        answer = self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
+        self._queue.landing(waiting.req.rid, not isinstance(answer, PrefillLocally))
+        return answer
 
     def _view(self, req: Any) -> PromptView:
         local_only = self._stopped or local_only_reason(req)
@@ -248,6 +258,7 @@ class PromptFill:
             cache_salt=req.cache_salt or "",
             priority=req.priority or 0,
             route=route,
+            only_offload=routing_of(req) == ONLY_OFFLOAD,
         )
 
     def _say_unknown(self, where: tuple[str, int]) -> None:

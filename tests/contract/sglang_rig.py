@@ -10,6 +10,7 @@ import sglang.srt.mem_cache.radix_cache  # noqa: F401  what the connector import
 import torch
 from contract.rig import GEOMETRY, PAGE, PAGES, SETTINGS, FakePort, new_plane
 
+from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.testing import MemoryNetwork
 from disagg_sglang.kv_views import SlotView
@@ -100,7 +101,8 @@ class SglangRig:
         self.running: set[str] = set()
         self.requests: dict[str, Any] = {}
         self.decode = DecodeSide(SETTINGS, port, engine="d", kv_capacity_tokens=PAGES * PAGE)
-        self.fill = PromptFill(self.scheduler, self.decode, port)  # type: ignore[arg-type]  # the port does both
+        self.queue = EngineQueue()
+        self.fill = PromptFill(self.scheduler, self.decode, port, self.queue)  # type: ignore[arg-type]  # the port is both
 
     def send(self, request_id: str, prompt: list[int], **fields: object) -> None:
         ended = SimpleNamespace(value=False)
@@ -111,6 +113,7 @@ class SglangRig:
             "rid": request_id,
             "origin_input_ids": array("q", prompt),
             "bootstrap_port": 8998,
+            "sampling_params": SimpleNamespace(custom_params=None),
             "ended": ended,
             "finished": lambda: ended.value,
         }

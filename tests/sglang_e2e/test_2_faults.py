@@ -46,6 +46,11 @@ def deaf(engine: Engine) -> Iterator[None]:
         os.kill(engine.pid, signal.SIGCONT)
 
 
+def held_back(view: dict[str, Any]) -> int:
+    """Requests that wait for KV; pages are given to those at once whose prefill should start right away."""
+    return int(view["waiting"]["waiting"] + view["waiting"]["receiving"])
+
+
 def chunks_received(view: dict[str, Any]) -> int:
     return sum(rank["chunks_received"] for rank in view["decode"]["ranks"].values())
 
@@ -84,7 +89,7 @@ def test_prompts_that_the_prefill_server_refuses_are_computed_here(pair: Fleet) 
         with deaf(pair.prefill):
             futures = [pool.submit(pair.decode.generate, prompt) for prompt in prompts]
             pair.prefill.when(lambda v: v["prefill_service"].get("refused_queue_full", 0) == 4)
-            pair.decode.when(lambda v: v["waiting"]["waiting"] == PREFILL_QUEUE)
+            pair.decode.when(lambda v: held_back(v) == PREFILL_QUEUE)
         got = [future.result(timeout=120) for future in futures]
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (PREFILL_QUEUE, 4)
@@ -96,14 +101,15 @@ def test_what_waits_for_kv_counts_in_sglangs_load_report(pair: Fleet) -> None:
     with ThreadPoolExecutor(3) as pool:
         with deaf(pair.prefill):
             futures = [pool.submit(pair.decode.generate, prompt_of(100, seed=80 + number)) for number in range(3)]
-            pair.decode.when(lambda v: v["waiting"]["waiting"] == 3)
+            pair.decode.when(lambda v: held_back(v) == 3)
             (load,) = pair.decode.http.get(f"{pair.decode.url}/v1/loads").json()["loads"]
             assert pair.decode.http.post(f"{pair.decode.url}/flush_cache").status_code != 200, "it is not idle"
         for future in futures:
             future.result(timeout=120)
     assert load["num_waiting_reqs"] == 3
-    assert load["disaggregation"]["mode"] == "decode"
-    assert load["disaggregation"]["decode_prealloc_queue_reqs"] == 3
+    queues = load["disaggregation"]
+    assert queues["mode"] == "decode"
+    assert queues["decode_prealloc_queue_reqs"] + queues["decode_transfer_queue_reqs"] == 3
 
 
 def test_a_prompt_that_the_prefill_server_gets_wrong_is_computed_here(pair: Fleet) -> None:
