@@ -17,6 +17,7 @@ from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
+from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
@@ -26,7 +27,6 @@ from disagg_vllm.identity import model_identity
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
 from disagg_vllm.prefix_cache import can_look_up
-from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
 
@@ -59,7 +59,7 @@ class SchedulerSide:
         self._prefill: PrefillSide | None = None
         self._journal = Journal()
         self._endpoints: tuple[RankEndpoint, ...] = ()
-        self.figures = SchedulerStats(
+        self.figures = EngineStats(
             settings,
             self._journal,
             self._figures,
@@ -286,7 +286,8 @@ class SchedulerSide:
 
     def stats(self) -> DisaggStats | None:
         """What the API server should hear after this step."""
-        return self.figures.take(needs_steps=self.needs_steps)
+        deltas = self.figures.take(needs_steps=self.needs_steps)
+        return DisaggStats(deltas.data) if deltas is not None else None
 
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
