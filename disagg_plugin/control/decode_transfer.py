@@ -49,8 +49,9 @@ class Transfer:
     transfer_id: bytes
     nonce: int
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # that D held when it was offered: its own, and LMCache's
     offered_s: float
+    lmcache_tokens: int = 0  # of them, what LMCache loads
     state: State = State.OFFERED
     peer: str = ""
     reason: str = "over_threshold"
@@ -86,6 +87,7 @@ class Transfer:
             "reason": self.reason,
             "failure": self.failure,
             "prompt_tokens": self.prompt_tokens,
+            "lmcache_tokens": self.lmcache_tokens,
             "first_token": self.first_token,
             "end_token": self.end_token,
             "offered_s": self.offered_s,

@@ -78,13 +78,14 @@ class OffloadDecisions:
         port.ask_for_codecs(lambda worker, choices: self._decider.choose_codec(worker, choices).name)
 
     def decide(
-        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int
+        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int, lmcache_tokens: int = 0
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
 
         Args:
             free_tokens: Room in the engine's KV cache.
             promised_tokens: KV that is held here for transfers, or will be.
+            lmcache_tokens: Prefix in LMCache, counted from token 0.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         workers = self._port.workers()
@@ -94,7 +95,7 @@ class OffloadDecisions:
         elif (measured := next((w.prefill for w in workers if w.prefill.samples), None)) is not None:
             decode = replace(decode, prefill=replace(measured, samples=0))  # likewise, the other way round
         return self._decider.decide(
-            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, priority=prompt.priority),
+            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, lmcache_tokens, priority=prompt.priority),
             decode,
             workers,
             self._port.overlap_tokens(hashes),
