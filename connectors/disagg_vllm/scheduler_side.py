@@ -4,6 +4,8 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
@@ -16,12 +18,14 @@ from disagg_plugin.control.step_times import PromptWork, StepWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command
 from disagg_vllm.identity import model_identity
+from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.support import local_only_reason, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -33,7 +37,14 @@ logger = logging.getLogger("vllm.disagg")
 class SchedulerSide:
     """One DP rank's scheduler process. Inactive (every request local) until ``ranks_ready`` found no problem."""
 
-    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", settings: DisaggSettings) -> None:
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+        settings: DisaggSettings,
+        tier: LMCacheScheduler | None = None,
+    ) -> None:
+        self.tier = tier
         self._vllm_config = vllm_config
         self._settings = settings
         self._block_size: int = vllm_config.cache_config.block_size
@@ -55,6 +66,8 @@ class SchedulerSide:
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
         """All workers have registered their caches: start the side channel, or say once why not."""
+        if self.tier is not None:  # whatever becomes of the rest: it serves local prompts as well
+            self.tier.ready([r.lmcache_problem for r in ranks.values()])
         problem = next((r.problem for r in ranks.values() if r.problem), "")
         if self._announce_inactive or problem:
             self.inactive_reason = problem or self.inactive_reason
@@ -109,6 +122,8 @@ class SchedulerSide:
         if self._service is not None:
             self._service.close()
             self._service = None
+        if self.tier is not None:
+            self.tier.child.close()
 
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
@@ -126,8 +141,20 @@ class SchedulerSide:
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
+        stored_tokens = self.tier.look_up(request, cached_tokens) if self.tier is not None else 0
+        if stored_tokens is None:
+            return None, False
+        wire_tokens = self._match_wire(request, cached_tokens, stored_tokens)
+        if wire_tokens is None:
+            return None, False
+        if self.tier is not None:
+            self.tier.promise(request.request_id, cached_tokens, stored_tokens)
+        return stored_tokens + wire_tokens, stored_tokens + wire_tokens > 0
+
+    def _match_wire(self, request: "Request", cached_tokens: int, stored_tokens: int) -> int | None:
+        """What a prefill worker will send beyond what D's own cache and LMCache hold; None for "not yet"."""
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
-            return 0, False
+            return 0
         prompt = PromptView(
             request_id=request.request_id,
             token_ids=request.prompt_token_ids or (),
@@ -137,18 +164,33 @@ class SchedulerSide:
             lora=request.lora_request.lora_name if request.lora_request is not None else "",
             priority=request.priority,
         )
-        answer = self._decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
+        answer = self._decode.match(
+            prompt,
+            cached_tokens,
+            free_tokens=self._free_tokens(),
+            lmcache_tokens=cached_tokens + stored_tokens if stored_tokens else 0,
+        )
         match answer:
             case Claim(tokens):
-                return tokens, True
+                return tokens
             case NotYet():
-                return None, False
+                return None
             case _:
-                return 0, False
+                return 0
 
-    def allocated(self, request: "Request", block_ids: tuple[int, ...], external_tokens: int) -> None:
-        if self._decode is not None:
-            self._decode.allocated(request.request_id, block_ids, external_tokens)
+    def allocated(self, request: "Request", blocks: "KVCacheBlocks", external_tokens: int) -> None:
+        wire_tokens = external_tokens
+        if self.tier is not None:
+            wire_tokens = self.tier.allocated(request, blocks, external_tokens)
+        if self._decode is not None and wire_tokens:
+            (block_ids,) = blocks.get_block_ids()
+            self._decode.allocated(request.request_id, tuple(block_ids), wire_tokens)
+
+    def hit_sources(self, request: "Request", external_tokens: int) -> dict[CacheHitSource, int]:
+        """Where an allocated request's external tokens come from, as vLLM counts them."""
+        stored_tokens = self.tier.hit_tokens(request.request_id) if self.tier is not None else 0
+        split = {CacheHitSource.HOST: stored_tokens, CacheHitSource.P2P: external_tokens - stored_tokens}
+        return {source: tokens for source, tokens in split.items() if tokens}
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
         self._step += 1
@@ -158,7 +200,8 @@ class SchedulerSide:
             commands += self._prefill.step()
         if self._decode is not None:
             commands += self._decode.step()
-        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0, number=self._step)
+        tier = self.tier.build_step(output) if self.tier is not None else None
+        return StepCommands(tuple(commands), output.total_num_scheduled_tokens > 0, self._step, tier)
 
     def _count_step(self, output: "SchedulerOutput") -> None:
         """What this step computes: for the load, for the model of our own speed, and for what P exports."""
@@ -204,6 +247,12 @@ class SchedulerSide:
             if self._prefill is not None:
                 self._prefill.reports(reports.reports)
             self._load.step_ended(reports.number)
+            if self._decode is not None:
+                for request_id in set(reports.lmcache_failed):
+                    self._decode.prefix_failed(request_id)
+        if self.tier is not None:
+            told = reports if isinstance(reports, StepReports) else StepReports()
+            self.tier.update(output, told.lmcache_failed, told.lmcache_problem)
         if self._decode is not None:
             for request_id in output.finished_recving or ():
                 self._decode.load_completed(request_id)
@@ -216,14 +265,17 @@ class SchedulerSide:
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
-        if self._prefill is None:
-            return False
         self._prompts.pop(request.request_id, None)
-        return self._prefill.finished(request.request_id, completed=completed)
+        wire = self._prefill is not None and self._prefill.finished(request.request_id, completed=completed)
+        store = self.tier is not None and self.tier.finished(request)
+        if self.tier is not None and (wire or store):
+            self.tier.sent_by(request.request_id, store=store, wire=wire)
+        return wire or store
 
     @property
     def needs_steps(self) -> bool:
-        return self._prefill is not None and self._prefill.needs_steps
+        late = self.tier is not None and self.tier.needs_steps
+        return late or (self._prefill is not None and self._prefill.needs_steps)
 
     @property
     def holds_blocks(self) -> bool:
@@ -267,6 +319,8 @@ class SchedulerSide:
                 "total_blocks": self._block_pool.num_gpu_blocks,
                 "block_size": self._block_size,
             }
+        if self.tier is not None:
+            view["lmcache"] = self.tier.snapshot()
         if self._decode is not None:
             view["decode"] = self._decode.snapshot()
         if self._prefill is not None:

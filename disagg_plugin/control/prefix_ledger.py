@@ -4,6 +4,7 @@
     allocated()  the engine gave blocks: so many of them will be filled by the store
     computed()   each step in which the request runs: how many tokens more the store may take as computed
     load_ended() the engine has the load's blocks back
+    preempted()  its blocks are gone; it begins again
     finished()   the request ended, in any state: what to say to the store
 
 A look-up has a deadline: after it the request goes on without the store, and its late answer only gives back what it
@@ -28,6 +29,7 @@ class Phase(Enum):
     FOUND = auto()  # answered; the store keeps what it found for us
     LOADING = auto()  # its blocks wait for KV, of the store or of the wire
     SERVED = auto()
+    PREEMPTED = auto()
     WITHDRAWN = auto()  # the store knows nothing of it, or is not shown it any more
 
 
@@ -76,17 +78,14 @@ class PrefixLedger:
         self._unanswered: dict[str, float] = {}  # given up, or their request ended; since when
         self.totals: Counter[str] = Counter()
 
-    def look_up(
-        self, request_id: str, cached_tokens: int, ask: Callable[[], int | None], *, resumed: bool = False
-    ) -> int | None:
+    def look_up(self, request_id: str, cached_tokens: int, ask: Callable[[], int | None]) -> int | None:
         """Tokens beyond the engine's ``cached_tokens`` that the store will load, or None: not known yet.
 
         Args:
             ask: Asks the store about this request: tokens beyond the cached ones, or None for "not yet".
-            resumed: The request was preempted and begins again.
         """
         entry = self._entries.get(request_id)
-        if entry is None or (resumed and entry.phase in (Phase.LOADING, Phase.SERVED)):
+        if entry is None or entry.phase is Phase.PREEMPTED:
             entry = self._entries[request_id] = _Entry(self._clock())
             self.totals["lookups"] += 1
         match entry.phase:
@@ -157,6 +156,12 @@ class PrefixLedger:
         if entry is not None and entry.phase is Phase.LOADING:
             entry.phase = Phase.SERVED
 
+    def preempted(self, request_id: str) -> None:
+        """The engine took the request's blocks away; it will look up anew."""
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.phase in (Phase.LOADING, Phase.SERVED):
+            entry.phase = Phase.PREEMPTED
+
     def load_failed(self, request_id: str) -> None:
         """The store did not deliver what it promised; the engine computes it."""
         entry = self._entries.get(request_id)
@@ -184,7 +189,7 @@ class PrefixLedger:
                 return Goodbye.RELEASE
             case Phase.LOADING:
                 return Goodbye.END
-            case Phase.SERVED:
+            case Phase.SERVED | Phase.PREEMPTED:
                 return Goodbye.END_AFTER_SAVES
             case Phase.WITHDRAWN if request_id in self._unanswered:
                 return Goodbye.WAIT

@@ -23,14 +23,16 @@ class Join:
     """What a request waits for.
 
     Attributes:
-        block_ids: Blocks that its loads fill, in the order of their tokens; none for what is only read.
+        block_ids: Blocks that its loads fill, nobody else's; none for what is only read.
         store_block_ids: Those of them that the store fills.
+        kept_block_ids: Blocks before them, which the engine has filled already and may share with other requests.
     """
 
     request_id: str
     parts: frozenset[Part]
     block_ids: tuple[int, ...] = ()
     store_block_ids: tuple[int, ...] = ()
+    kept_block_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -60,12 +62,27 @@ class Joined:
         """These blocks hold no valid KV; told with the request that they belong to."""
         left = set(block_ids)
         for waiting in self._waiting.values():
-            if not left:
-                return
             own = left.intersection(waiting.join.block_ids)
             waiting.invalid |= own
             left -= own
         self._invalid |= left
+
+    def store_invalid(self, block_ids: Collection[int]) -> set[str]:
+        """The same, as the store says it: by whole chunks of its own, which may begin in blocks that were not loaded.
+
+        Returns:
+            The requests that it failed.
+        """
+        left = set(block_ids)
+        failed = set()
+        for request_id, waiting in self._waiting.items():
+            if own := left.intersection(waiting.join.store_block_ids):
+                waiting.invalid |= own
+                left -= own
+                failed.add(request_id)
+        kept = {block for waiting in self._waiting.values() for block in waiting.join.kept_block_ids} if left else set()
+        self._invalid |= left - kept
+        return failed
 
     def ended(self, part: Part, request_ids: Iterable[str]) -> None:
         """A part of each of these requests has ended, well or not."""
@@ -89,10 +106,6 @@ class Joined:
         self.ended(Part.STORE, sorted(failed))
         return failed
 
-    def with_invalid(self, part: Part) -> list[str]:
-        """Requests with invalid blocks whose ``part`` is still under way: it has become useless."""
-        return [r for r, waiting in self._waiting.items() if waiting.invalid and part in waiting.missing]
-
     def take(self) -> tuple[list[str], set[int]]:
         """Requests whose parts have all ended since the last call, and the blocks of theirs that are invalid."""
         complete, self._complete = self._complete, []
@@ -103,15 +116,3 @@ class Joined:
     def open_requests(self) -> int:
         """How many are waited for."""
         return len(self._waiting)
-
-
-def first_missing_token(block_ids: Iterable[int], invalid: Collection[int], block_size: int, end_token: int) -> int:
-    """Where repair begins: the first token of the first invalid block, or ``end_token`` if all are valid.
-
-    Args:
-        block_ids: Of the request, from token 0.
-    """
-    for index, block_id in enumerate(block_ids):
-        if block_id in invalid:
-            return min(index * block_size, end_token)
-    return end_token

@@ -28,9 +28,9 @@ class Desk:
         self.asked += 1
         return self.answer
 
-    def look_up(self, cached: int = 0, *, resumed: bool = False, answer: int | None = None) -> int | None:
+    def look_up(self, cached: int = 0, *, answer: int | None = None) -> int | None:
         self.answer = answer
-        return self.ledger.look_up("r", cached, self._ask, resumed=resumed)
+        return self.ledger.look_up("r", cached, self._ask)
 
 
 def test_not_yet_is_passed_on_until_the_deadline_and_then_there_is_nothing_to_load() -> None:
@@ -78,10 +78,12 @@ def in_phase(phase: str) -> Desk:
     if phase == "late":
         desk.now_s += TIMEOUT_S
         desk.look_up()
-    if phase in ("loading", "served"):
+    if phase in ("loading", "served", "preempted"):
         desk.ledger.allocated("r", 256, 100)
     if phase == "served":
         desk.ledger.load_ended("r")
+    if phase == "preempted":
+        desk.ledger.preempted("r")
     if phase == "load failed whole":
         desk.ledger.allocated("r", 256, 100)
         desk.ledger.load_ended("r")
@@ -99,6 +101,7 @@ def in_phase(phase: str) -> Desk:
         ("found", Goodbye.RELEASE),
         ("loading", Goodbye.END),
         ("served", Goodbye.END_AFTER_SAVES),
+        ("preempted", Goodbye.END_AFTER_SAVES),
         ("load failed whole", Goodbye.END),
     ],
 )
@@ -122,9 +125,13 @@ def test_a_load_that_failed_whole_is_not_tried_again() -> None:
 
 def test_a_preempted_request_looks_up_anew() -> None:
     desk = in_phase("served")
-    assert desk.look_up(resumed=True, answer=320) == 320
+    desk.ledger.preempted("r")
+    assert desk.ledger.computed("r", 0, 1) is None
+    assert desk.look_up(answer=320) == 320
     assert desk.ledger.allocated("r", 320, 0)
     assert desk.ledger.knows("r") is Phase.LOADING
+    desk.ledger.load_ended("r")
+    assert desk.look_up(answer=320) == 0, "its load failed whole: a second time would fail as well"
 
 
 def test_what_came_over_the_wire_counts_as_computed_unless_the_settings_say_no() -> None:

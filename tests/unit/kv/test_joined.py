@@ -3,14 +3,12 @@
 import random
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_plugin.kv.joined import Join, Joined, Part, first_missing_token
+from disagg_plugin.kv.joined import Join, Joined, Part
 
 BLOCKS_EACH = 6
-BLOCK_SIZE = 32
 STORE, WIRE = Part.STORE, Part.WIRE
 
 
@@ -72,7 +70,8 @@ def test_whatever_the_order_each_request_is_reported_once_after_all_its_parts_wi
         reported.extend(complete)
 
     for load, part in events:
-        joined.invalid(load.invalid(part))  # an engine's child says so no later than with the end of its load
+        tell = joined.invalid if part is WIRE else joined.store_invalid
+        tell(load.invalid(part))  # an engine's child says so no later than with the end of its load
         if order.random() < 0.5:
             report()
         joined.ended(part, [load.request_id])
@@ -100,9 +99,6 @@ def test_a_store_that_breaks_in_the_middle_fails_its_own_parts_and_leaves_the_wi
     joined.ended(STORE, [load.request_id for load in early])
     failed = joined.store_failed()
     assert failed == {load.request_id for load in requests if STORE in load.parts and load not in early}
-    assert set(joined.with_invalid(WIRE)) == {
-        r.request_id for r in requests if r.request_id in failed and len(r.parts) > 1
-    }
     joined.ended(WIRE, [load.request_id for load in requests if WIRE in load.parts])
     complete, invalid = joined.take()
     assert sorted(complete) == sorted(load.request_id for load in requests)
@@ -135,14 +131,12 @@ def test_invalid_blocks_that_belong_to_nobody_are_told_at_once() -> None:
     assert joined.take() == ([], {9})
 
 
-@pytest.mark.parametrize(
-    ("invalid", "first"),
-    [
-        pytest.param(set(), 5 * BLOCK_SIZE - 1, id="nothing is missing"),
-        pytest.param({13}, 3 * BLOCK_SIZE, id="one of the wire's"),
-        pytest.param({11, 13}, BLOCK_SIZE, id="one of each: the first counts"),
-        pytest.param({99}, 5 * BLOCK_SIZE - 1, id="another request's"),
-    ],
-)
-def test_repair_begins_at_the_first_missing_block(invalid: set[int], first: int) -> None:
-    assert first_missing_token((10, 11, 12, 13, 14), invalid, BLOCK_SIZE, 5 * BLOCK_SIZE - 1) == first
+def test_a_chunk_of_the_stores_that_begins_in_blocks_of_others_fails_only_the_blocks_that_it_was_to_fill() -> None:
+    joined = Joined()
+    joined.open(Join("a", frozenset(Part), (3, 4, 5), (3, 4), kept_block_ids=(1, 2)))
+    joined.open(Join("b", frozenset(Part), (7, 8), (7,), kept_block_ids=(1, 2)))
+    assert joined.store_invalid({1, 2, 3, 4}) == {"a"}
+    assert joined.take() == ([], set()), "1 and 2 are valid, whatever became of the rest of their chunk"
+    joined.ended(STORE, ["a"])
+    joined.ended(WIRE, ["a"])
+    assert joined.take() == (["a"], {3, 4})
