@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
     "connectors/disagg_vllm",
+    "connectors/disagg_lmcache",
     "disagg_plugin",
     "disagg_plugin/control",
     "disagg_plugin/kv",
