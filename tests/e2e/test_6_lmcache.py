@@ -160,9 +160,9 @@ def test_the_engines_own_prefix_lmcache_and_the_worker_each_give_their_part(shar
     shared.decode.complete(prompt[:100], cache_salt="c")  # its own cache now: 96, or a whole block less
     counted = shared.count()
     got = shared.decode.complete(prompt, cache_salt="c")
-    g, l, r = counted("device_hit_tokens", "store_hit_tokens", "wire_tokens")
-    assert g in (64, 96)
-    assert (g + l, r) == (448, 900 - 1 - 448)
+    cached, loaded, received = counted("device_hit_tokens", "store_hit_tokens", "wire_tokens")
+    assert cached in (64, 96)
+    assert (cached + loaded, received) == (448, 900 - 1 - 448)
     assert same_tokens(got, shared.local(prompt))
 
 

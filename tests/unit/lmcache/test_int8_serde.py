@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from disagg_lmcache import server
-from disagg_lmcache.int8_serde import NAME, PART_NUMBERS, Int8Codec, Int8Error, serialized_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from lmcache.v1.distributed.serde import SerdeConfig, create_serde_processor, get_registered_serde_types
+
+from disagg_lmcache import server
+from disagg_lmcache.int8_serde import NAME, PART_NUMBERS, Int8Codec, Int8Error, serialized_bytes
 
 HEADER_BYTES = 24
 
