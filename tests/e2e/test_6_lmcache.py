@@ -18,7 +18,10 @@ import psutil
 import pytest
 from e2e.client import Answer, Engine, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
-from e2e.lmcache_servers import (
+from e2e.offloads import prompt_of
+from e2e.running import end_running_fleet
+from engines import EngineFailed, free_port
+from lmcache_servers import (
     CHUNK,
     GO,
     STOP,
@@ -27,9 +30,6 @@ from e2e.lmcache_servers import (
     is_written,
     prompt_tokens_by_source,
 )
-from e2e.offloads import prompt_of
-from e2e.running import end_running_fleet
-from engines import EngineFailed, free_port
 from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
