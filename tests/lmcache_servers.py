@@ -39,7 +39,7 @@ class LMCacheServer:
         else:
             argv = [sys.executable, "-m", "lmcache.cli.main", "server"]
         flags = f"--host 127.0.0.1 --port {self.port} --http-host 127.0.0.1 --http-port {self.http_port}"
-        flags += f" --chunk-size {chunk} --l1-size-gb {l1_gb} --l1-init-size-gb {l1_gb} --no-l1-use-lazy"
+        flags += f" --chunk-size {chunk} --l1-size-gb {l1_gb} --no-l1-use-lazy"
         flags += " --eviction-policy LRU --supported-transfer-mode auto"
         argv += flags.split()
         if l2 is not None:
@@ -64,7 +64,7 @@ class LMCacheServer:
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.http_port}/status", timeout=20).json()
-        return status
+        return {**status, **status["storage_manager"]}
 
     def when(self, condition: Callable[[dict[str, Any]], bool], within_s: float = 30.0) -> dict[str, Any]:
         """The first status that fulfils ``condition``."""

@@ -39,7 +39,7 @@ DECODE_BLOCKS = 200  # 6,400 tokens
 
 
 def cache(server: LMCacheServer, **more: Any) -> dict[str, Any]:
-    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 1.5, "heartbeat_s": 0.5, **more}
+    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 1.5, "heartbeat_s": 5, **more}
     return {"reuse_prefix": True, "lmcache": lmcache}
 
 
