@@ -72,7 +72,7 @@ class PlayedEngine:
 
     def __init__(self, folder: Path, server: LMCacheServer, **settings: Any) -> None:
         lmcache = LMCacheSettings(
-            url=server.url, **{"lookup_timeout_ms": 500, "request_timeout_s": 1, "heartbeat_s": 0.2, **settings}
+            url=server.url, **{"lookup_timeout_ms": 1000, "request_timeout_s": 4, "heartbeat_s": 2, **settings}
         )
         self.config, caches = config_of(folder)
         child, problem = create_child(self.config, KVConnectorRole.SCHEDULER, caches, lmcache)
@@ -84,6 +84,7 @@ class PlayedEngine:
         assert self.worker.child.problem == ""
         self.scheduler.ready([self.worker.child.problem])
         self.free = list(range(1, BLOCKS))
+        self.held: dict[str, Blocks] = {}
         self.number = 0
 
     def request(self, tokens: list[int], *, salt: str | None = None, lora: str = "") -> Request:
@@ -107,7 +108,9 @@ class PlayedEngine:
         raise AssertionError("neither an answer nor a deadline")
 
     def allocate(self, request: Request, stored: int, wire: int = 0, cached: int = 0) -> Blocks:
+        self._release(request)
         blocks = Blocks([self.free.pop(0) for _ in range(-(-request.num_prompt_tokens // BLOCK))])
+        self.held[request.request_id] = blocks
         self.scheduler.promise(request.request_id, cached, stored)
         assert self.scheduler.allocated(request, blocks, stored + wire) == wire
         if stored + wire:
@@ -151,6 +154,11 @@ class PlayedEngine:
         if self.scheduler.finished(request):
             self.scheduler.sent_by(request.request_id, store=True, wire=False)
             self.until(lambda done: request.request_id in done.released)
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        if (blocks := self.held.pop(request.request_id, None)) is not None:
+            self.free += blocks.block_ids
 
     def fill(self, blocks: Blocks, seed: int) -> None:
         """KV as a forward pass, or the wire, would write it."""
@@ -306,7 +314,7 @@ def test_an_abort_before_the_answer_and_one_during_both_loads_leave_nothing(
 
 
 def test_a_server_that_hangs_costs_the_deadline_and_its_late_answer_is_given_back(server: LMCacheServer) -> None:
-    engine = PlayedEngine(server.folder / "model", server, heartbeat_s=60)  # else it notices before the deadline
+    engine = PlayedEngine(server.folder / "model", server, request_timeout_s=30, heartbeat_s=30)
     tokens = prompt(300, seed=8)
     engine.serve(tokens, seed=8)
     request = engine.request(tokens)
