@@ -25,8 +25,7 @@ from threading import Event
 from typing import Any
 
 from crossover_policy import ALWAYS_LOCAL, ALWAYS_OFFLOAD, LATENCY
-from models import tiny
-from real_pair import Client, fresh_prompt, start_disagg_pair
+from real_pair import Client, fresh_prompt, start_disagg_pair, tiny_model
 
 MODES = {"latency": LATENCY, "local": ALWAYS_LOCAL, "offload": ALWAYS_OFFLOAD}
 BOOTSTRAPS = 2_000
@@ -82,7 +81,7 @@ def measure(options: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, 
         pair = start_disagg_pair(
             stack,
             folder,
-            str(tiny()),
+            tiny_model(),
             decode={
                 "policy": {"module": "crossover_policy", "hook_timeout_ms": 50},
                 "split_policy": {"prompt_length_threshold": 1},
@@ -90,7 +89,7 @@ def measure(options: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, 
             env={"PYTHONPATH": str(Path(__file__).parent)},
             extra=["--scheduling-policy", "priority"],
         )
-        client, url = Client(str(tiny())), pair.urls["decode"]
+        client, url = Client(tiny_model()), pair.urls["decode"]
         found: dict[str, dict[int, Times]] = {}
         for load, streams in (("idle", 0), ("decoding", options.decodes)):
             with decoding(client, url, streams):

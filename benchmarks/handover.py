@@ -26,8 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from engines import free_port
-from models import tiny
-from real_pair import Client, fresh_prompt, start, start_disagg_pair
+from real_pair import Client, fresh_prompt, start, start_disagg_pair, tiny_model
 
 Measure = Callable[[list[int]], tuple[float, float | None]]
 
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--no-stock", action="store_true", help="only the disagg pair")
     options = parser.parse_args()
     lengths = [int(n) for n in options.lengths.split(",")]
-    model = str(tiny())
+    model = tiny_model()
     with tempfile.TemporaryDirectory(prefix="handover-") as name:
         folder = Path(os.environ.get("HANDOVER_LOGS", name))
         disagg = disagg_pair(model, folder, lengths, options.repeats)

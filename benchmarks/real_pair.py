@@ -17,6 +17,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from engines import free_port, serving, vllm_command, vllm_env
+from models import tiny
 
 from disagg_plugin.control.service import fetch_snapshot
 
@@ -58,6 +59,11 @@ class Client:
         return reply
 
 
+def tiny_model() -> str:
+    """A random Llama of 4 layers; made on first use."""
+    return str(tiny())
+
+
 def fresh_prompt(tokens: int) -> list[int]:
     """No two prompts share a cached block."""
     return random.choices(range(10, 40_000), k=tokens)
@@ -97,13 +103,14 @@ def start_disagg_pair(
     model: str,
     *,
     decode: Mapping[str, Any],
+    prefill: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     extra: list[str] | None = None,
 ) -> DisaggPair:
     """Both engines, each on a core of its own, raw KV; returns once the decode engine knows the other.
 
     Args:
-        decode: Settings of the decode engine beyond the address of its worker.
+        decode, prefill: Settings of the engines beyond each other's addresses.
         env, extra: Environment and flags of the decode engine.
     """
     pair = DisaggPair({}, {"prefill": free_port(), "decode": free_port()})
@@ -113,6 +120,8 @@ def start_disagg_pair(
             "side_channel": {"port": pair.side_ports[role]},
             "transfer": {"codec": "raw", "compile": False},
         }
+        if role == "prefill":
+            settings |= prefill or {}
         flags = []
         if role == "decode":
             worker = {"url": pair.urls["prefill"], "side_channel": f"127.0.0.1:{pair.side_ports['prefill']}"}

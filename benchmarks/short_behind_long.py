@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/short_behind_long.py --json [--longs 12] [--shorts 60]
 
-The same arrivals, once at a disagg pair (the long ones are offloaded), once at a single stock engine, one after the
-other: ``longs`` prompts at once, then a short one every ``gap`` seconds while they are served. Tiny model, a core per
-engine; the pair has two engines where the single engine is one: that is what is compared.
+The same arrivals at a disagg pair that offloads by predicted latency (the default), at one that offloads by length, and
+at a single stock engine, one after the other: ``longs`` prompts at once, then a short one every ``gap`` seconds while
+they are served. Tiny model, a core per engine; a pair has two engines where the single engine is one: that is what is
+compared.
 """
 
 import argparse
@@ -18,8 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from models import tiny
-from real_pair import Client, fresh_prompt, start, start_disagg_pair
+from real_pair import Client, fresh_prompt, start, start_disagg_pair, tiny_model
 
 LONG_TOKENS, SHORT_TOKENS = 2_000, 20
 
@@ -59,26 +59,26 @@ def main() -> None:
     parser.add_argument("--bursts", type=int, default=4)
     parser.add_argument("--gap-s", type=float, default=0.05)
     options = parser.parse_args()
-    model = str(tiny())
+    model = tiny_model()
     folder = Path(tempfile.mkdtemp(prefix="short-behind-long-"))
     result: dict[str, Any] = {}
-    with ExitStack() as stack:
-        pair = start_disagg_pair(stack, folder, model, decode={})
-        measure = [("disagg", pair.urls["decode"])]
-        result["disagg"] = _measured(*measure[0], options, model)
-        result["decisions"] = pair.view("decode")["decode"]["decisions"]
+    for policy in ("latency", "threshold"):
+        with ExitStack() as stack:
+            pair = start_disagg_pair(stack, folder, model, decode={"policy": {"offload": policy}})
+            result[policy] = _measured(policy, pair.urls["decode"], options, model)
+            result[policy]["decisions"] = pair.view("decode")["decode"]["decisions"]
     with ExitStack() as stack:
         url = start(stack, folder, "stock", model, 1, [], {})
         result["stock"] = _measured("stock", url, options, model)
-    result["p99_ratio"] = result["disagg"]["p99_s"] / result["stock"]["p99_s"]
+    result["p99_ratio"] = {p: result[p]["p99_s"] / result["stock"]["p99_s"] for p in ("latency", "threshold")}
     print(json.dumps(result))
 
 
-def _measured(name: str, url: str, options: argparse.Namespace, model: str) -> dict[str, float]:
+def _measured(name: str, url: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
     client = Client(model)
     burst(client, url, options)  # warm-up
     found = quantiles([seconds for _ in range(options.bursts) for seconds in burst(client, url, options)])
-    print(f"{name:7} short prompts: TTFT p50 {1e3 * found['p50_s']:.0f} ms, p99 {1e3 * found['p99_s']:.0f} ms")
+    print(f"{name:9} short prompts: TTFT p50 {1e3 * found['p50_s']:.0f} ms, p99 {1e3 * found['p99_s']:.0f} ms")
     return found
 
 

@@ -7,7 +7,8 @@ inline, on the scheduler's thread.
 from collections.abc import Callable, Iterator
 
 from disagg_plugin.hookspecs import PolicyParameters, hookimpl
-from disagg_policies import codec, offload, placement
+from disagg_policies import admission, codec, offload, placement
+from disagg_policies.admission_snapshots import Admission, AdmissionSnapshot
 from disagg_policies.snapshots import Codec, CodecChoices, Decision, Placement, Snapshot
 
 
@@ -42,6 +43,17 @@ class CodecPolicy:
     @hookimpl
     def disagg_choose_codec(self, choices: CodecChoices, parameters: PolicyParameters) -> Codec:
         return self._policy(choices, parameters)
+
+
+class AdmissionPolicy:
+    """An admission policy as a plugin."""
+
+    def __init__(self, policy: Callable[[AdmissionSnapshot, PolicyParameters], Admission]) -> None:
+        self._policy = policy
+
+    @hookimpl
+    def disagg_admit(self, snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> Admission:
+        return self._policy(snapshot, parameters)
 
 
 def _threshold(snapshot: Snapshot, p: PolicyParameters) -> Decision:
@@ -89,6 +101,27 @@ def _by_queue(policy: Callable[..., Placement]) -> Callable[[Snapshot, PolicyPar
     )
 
 
+def _projected(snapshot: AdmissionSnapshot, p: PolicyParameters) -> Admission:
+    return admission.projected(
+        snapshot,
+        reject_on_slo_violation=p.reject_on_slo_violation,
+        low_priority_threshold_s=p.low_priority_threshold_s,
+        degrade_from=p.degrade_from,
+        hysteresis=p.degrade_hysteresis,
+        chunk_tokens=p.chunk_tokens,
+    )
+
+
+def _current_queue(snapshot: AdmissionSnapshot, p: PolicyParameters) -> Admission:
+    return admission.current_queue(
+        snapshot,
+        reject_on_slo_violation=p.reject_on_slo_violation,
+        low_priority_threshold_s=p.low_priority_threshold_s,
+        degrade_from=p.degrade_from,
+        hysteresis=p.degrade_hysteresis,
+    )
+
+
 def plugins() -> Iterator[tuple[str, object]]:
     """Name and plugin of every built-in; the names are ``KIND.NAME``, the default of each kind first."""
     yield "offload.latency", OffloadPolicy(_latency)
@@ -98,6 +131,8 @@ def plugins() -> Iterator[tuple[str, object]]:
     yield "placement.round_robin", PlacementPolicy(_by_queue(placement.round_robin))
     yield "placement.power_of_two", PlacementPolicy(_by_queue(placement.power_of_two))
     yield "codec.by_link", CodecPolicy(lambda choices, p: codec.by_link(choices, hysteresis=p.codec_hysteresis))
+    yield "admission.projected", AdmissionPolicy(_projected)
+    yield "admission.current_queue", AdmissionPolicy(_current_queue)
 
 
 def names(kind: str) -> tuple[str, ...]:

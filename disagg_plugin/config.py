@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from disagg_plugin.autoscale_settings import AutoscaleSettings
 from disagg_plugin.cache_settings import CacheSettings
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
 from disagg_plugin.qos_settings import QosSettings
 from disagg_plugin.settings_base import SettingsSection
@@ -228,6 +229,9 @@ class DisaggSettings(SettingsSection):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    observability: ObservabilitySettings = Field(
+        default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
+    )
     model_revision_id: str | None = Field(
         default=None, description="Stands in for the weights digest where weight files cannot be read."
     )
@@ -323,8 +327,6 @@ def not_active_yet(settings: DisaggSettings) -> list[str]:
     found = []
     if settings.cache.reuse_prefix and settings.cache.lmcache is None:
         found.append("cache.reuse_prefix: without cache.lmcache.url it is each engine's own prefix cache alone")
-    if settings.qos.model_fields_set:
-        found.append("qos: no request is refused early")
     if settings.autoscale.model_fields_set:
         found.append("autoscale: no advice is given")
     return [f"accepted, not active yet: {line}" for line in found]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import pluggy
 
+from disagg_policies.admission_snapshots import Admission, AdmissionSnapshot
 from disagg_policies.snapshots import Codec, CodecChoices, Decision, Placement, Snapshot
 
 hookspec = pluggy.HookspecMarker("disagg")
@@ -38,6 +39,9 @@ class PolicyParameters:
         chunk_tokens: Prompt tokens of one prefill step of a worker.
         suspect_after_s: Age from which a load report is not believed, seconds.
         offers: How many workers a placement names: the second is asked if the first refuses.
+        reject_on_slo_violation: Refuse what is predicted to miss its SLO; otherwise it is served late.
+        low_priority_threshold_s: Predicted seconds to the first token above which the lowest class is refused, or None.
+        degrade_from, degrade_hysteresis: Pressure at which degradation begins, and how far it must fall to end.
     """
 
     prompt_length_threshold: int = 256
@@ -54,6 +58,10 @@ class PolicyParameters:
     chunk_tokens: int = 2048
     suspect_after_s: float = 1.0
     offers: int = 2
+    reject_on_slo_violation: bool = True
+    low_priority_threshold_s: float | None = None
+    degrade_from: float = 0.7
+    degrade_hysteresis: float = 0.1
 
 
 @hookspec(firstresult=True)
@@ -81,4 +89,13 @@ def disagg_choose_codec(choices: CodecChoices, parameters: PolicyParameters) -> 
 
     Asked per link when its measured speed changed, not per prompt, and only under ``transfer.codec: auto``. The guard
     on real KV may still step a layer down from ``int8``; no policy can step it up.
+    """
+
+
+@hookspec(firstresult=True)
+def disagg_admit(snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> Admission | None:
+    """Decide whether one request is served at all (``Admitted``), or answered 429 or 503 at once (``Refused``).
+
+    Asked in the API server's event loop before the prompt is tokenized, and again with its exact length where the
+    engine has such a point: be quick. ``snapshot.level`` is the memory. The reason names a counter.
     """

@@ -28,11 +28,12 @@ from disagg_plugin.settings_base import SettingsSection
 
 GROUP = "disagg"
 PREFIX = "disagg_"
-Kind = Literal["offload", "placement", "codec"]
+Kind = Literal["offload", "placement", "codec", "admission"]
 HOOKS: dict[Kind, str] = {
     "offload": "disagg_decide_offload",
     "placement": "disagg_place_prefill",
     "codec": "disagg_choose_codec",
+    "admission": "disagg_admit",
 }
 
 Names = Annotated[
@@ -52,6 +53,9 @@ class PolicySettings(SettingsSection):
         description="Which prefill worker: score, least_loaded, round_robin, power_of_two, or yours.",
     )
     codec: Names = Field(default=("by_link",), description="How KV travels: by_link, or yours.")
+    admission: Names = Field(
+        default=("projected",), description="Whether to serve at all: projected, current_queue, or yours."
+    )
     module: str | None = Field(
         default=None, description="Dotted path of a module of yours, asked first for each hook that it implements."
     )
@@ -86,6 +90,7 @@ class Chosen:
     offload: tuple[Policy, ...]
     placement: tuple[Policy, ...]
     codec: tuple[Policy, ...]
+    admission: tuple[Policy, ...]
 
     def of(self, kind: Kind) -> tuple[Policy, ...]:
         chain: tuple[Policy, ...] = getattr(self, kind)

@@ -1,7 +1,9 @@
 """What every test shares: the models, and a table of the slowest fixtures and engine starts at the end."""
 
+import os
 import time
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +12,15 @@ import pytest
 from engines import TIMINGS, Timing
 
 SHOWN_S = 1.0
+
+# each engine family has its own environment (see the Makefile); cross_engine needs both, and is told where the other is
+_NEEDS = {
+    "e2e": find_spec("vllm"),
+    "unit/vllm": find_spec("vllm"),
+    "sglang_e2e": find_spec("sglang"),
+    "cross_engine": find_spec("vllm") and os.environ.get("DISAGG_SGLANG_PYTHON"),
+}
+collect_ignore = [folder for folder, there in _NEEDS.items() if not there]
 
 # two noisy cores, perhaps with engines on them: how long an example takes says nothing about the code
 hypothesis.settings.register_profile("shared machine", deadline=None)

@@ -111,6 +111,37 @@ def vllm_env(*, core: int) -> dict[str, str]:
     }
 
 
+def sglang_command(
+    model: str,
+    port: int,
+    *,
+    extra: Sequence[str] = (),
+    python: str = sys.executable,
+) -> list[str]:
+    """The command line of a small SGLang CPU engine; ``python`` is an interpreter that has SGLang."""
+    flags = (
+        "--host 127.0.0.1 --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch "
+        "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled --disable-overlap-schedule "
+        "--skip-server-warmup --mem-fraction-static 0.1 --max-total-tokens 16384 --page-size 16 --watchdog-timeout 600"
+    )
+    command = [python, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
+    return [*command, *flags.split(), *extra]
+
+
+def sglang_env() -> dict[str, str]:
+    """Its environment: offline, no CUDA, and stand-ins for what only images and CUDA need."""
+    standins = Path(__file__).with_name("sglang_standins")
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "UCX_TLS": "tcp,self,sm,cma",
+        "PYTHONPATH": str(standins),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "inductor"),
+    }
+
+
 def free_port() -> int:
     """A TCP port on loopback that nobody listens on, never the same twice.
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
+    "connectors/disagg_sglang",
     "connectors/disagg_vllm",
     "connectors/disagg_lmcache",
     "disagg_plugin",
+    "disagg_plugin/admission",
     "disagg_plugin/control",
     "disagg_plugin/kv",
     "disagg_plugin/serving",
+    "disagg_plugin/observability",
     "disagg_plugin/cli",
     "policies/disagg_policies",
 )

@@ -194,7 +194,7 @@ def add_flags(parser: Any) -> Any:
             folded = fold(args, flags)
             namespace, rest = original(folded, namespace)
             _forget_flags(namespace, flags, args)
-            _check(namespace)
+            _check(namespace, args)
         except (FlagError, ConfigError) as error:
             parser.error(str(error))
         return namespace, rest
@@ -302,13 +302,20 @@ def _forget_flags(namespace: Any, flags: Sequence[_Flag], args: Sequence[str]) -
                 raise FlagError(f"{flag.name} cannot be abbreviated")
 
 
-def _check(namespace: Any) -> None:
+def _check(namespace: Any, args: Sequence[str]) -> None:
     transfer: Any = getattr(namespace, "kv_transfer_config", None)
     if transfer is None or transfer.kv_connector not in CONNECTOR_NAMES:
         return
+    from disagg_vllm.admin_route import wanted_middleware
+    from disagg_vllm.admission import prepare
     from disagg_vllm.settings import settings_of
 
-    check_startup(settings_of(transfer), _local_ranks(namespace))
+    settings = settings_of(transfer)
+    check_startup(settings, _local_ranks(namespace))
+    prepare(namespace, settings, args)
+    if hasattr(namespace, "middleware"):
+        wanted = [one for one in wanted_middleware(settings) if one not in (namespace.middleware or ())]
+        namespace.middleware = [*(namespace.middleware or ()), *wanted]
 
 
 def _local_ranks(namespace: Any) -> range:

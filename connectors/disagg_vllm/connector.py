@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
@@ -34,6 +35,7 @@ from disagg_vllm.lmcache_tier import LMCacheScheduler, LMCacheWorker
 from disagg_vllm.metadata import RankHandshake
 from disagg_vllm.scheduler_side import SchedulerSide
 from disagg_vllm.settings import settings_of
+from disagg_vllm.stats import DisaggPromMetrics, build_stats
 from disagg_vllm.worker_side import WorkerSide, any_commands
 
 if TYPE_CHECKING:
@@ -130,6 +132,26 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         tier = self._scheduler.tier if self._scheduler is not None else None
         done: bool | None = tier.child.call("reset_cache") if tier is not None else super().reset_cache()
         return done
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Only the scheduler's side sends any: the ranks' counters come to it with their reports."""
+        return self._scheduler.stats() if self._scheduler is not None else None
+
+    # -- API server --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return build_stats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return DisaggPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- worker ------------------------------------------------------------------------------------------------
 

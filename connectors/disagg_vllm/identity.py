@@ -1,12 +1,10 @@
 """What model a vLLM engine runs, in terms that no engine owns."""
 
-from pathlib import Path
 from typing import Any
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.control.identity import config_fingerprint, model_facts, weights_digest
+from disagg_plugin.control.identity import config_fingerprint, local_model_path, model_facts, weights_digest
 from disagg_plugin.control.messages import ModelIdentity
-from disagg_plugin.errors import ConfigError
 
 
 def model_identity(vllm_config: Any, settings: DisaggSettings) -> ModelIdentity:
@@ -27,25 +25,6 @@ def model_identity(vllm_config: Any, settings: DisaggSettings) -> ModelIdentity:
         weights_digest=settings.model_revision_id or _digest(vllm_config),
         served_name=str(name[0] if isinstance(name, (list, tuple)) else name),
     )
-
-
-def local_model_path(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """Where the weights of ``model`` lie: a directory, a file, or a Hugging Face id that was downloaded before.
-
-    Raises:
-        ConfigError: Not on this machine.
-    """
-    if (path := Path(model)).exists():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(
-            f"weights of {model} are not on this machine: set model_revision_id in the disagg config instead"
-        ) from error
 
 
 def _digest(vllm_config: Any) -> str:

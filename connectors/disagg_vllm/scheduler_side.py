@@ -2,25 +2,36 @@
 
 import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from disagg_plugin.admission.engine_queue import EngineQueue
+from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts
-from disagg_plugin.control.step_times import PromptWork, StepWork
+from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
-from disagg_plugin.kv.commands import Command
+from disagg_plugin.kv.commands import Command, RankEndpoint
+from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.spans import TransferSpans, active_tracer
+from disagg_plugin.serving.latency import HERE
+from disagg_policies.admission_snapshots import ONLY_OFFLOAD
+from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
-from disagg_vllm.support import local_only_reason, unsupported_engine
+from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
+from disagg_vllm.prefix_cache import can_look_up
+from disagg_vllm.scheduler_stats import SchedulerStats
+from disagg_vllm.stats import DisaggStats
+from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,10 +56,12 @@ class SchedulerSide:
         tier: LMCacheScheduler | None = None,
     ) -> None:
         self.tier = tier
+        self._undecided: dict[str, Request] = {}  # arrived, and LMCache has not answered
         self._vllm_config = vllm_config
         self._settings = settings
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
+        self._looks_up = False
         self._load = LoadTracker()
         self._step = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
@@ -56,6 +69,20 @@ class SchedulerSide:
         self._service: ControlService | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
+        self._journal = Journal()
+        self._endpoints: tuple[RankEndpoint, ...] = ()
+        self.figures = SchedulerStats(
+            settings,
+            self._journal,
+            self._figures,
+            ring_slots=lambda: sum(endpoint.ring_slots for endpoint in self._endpoints),
+            ranks=lambda: len(self._endpoints),
+        )
+        self._spans = TransferSpans(active_tracer())
+        self._journal.on_transfer_over(self._spans.transfer_over)
+        self._queue: EngineQueue | None = None
+        if settings.qos.enable_early_rejection:
+            self._queue, self.figures.engine_state = EngineQueue(), self._engine_state
         self.inactive_reason = unsupported_engine(vllm_config, kv_cache_config) or "not started"
         self._announce_inactive = self.inactive_reason != "not started"
 
@@ -63,6 +90,9 @@ class SchedulerSide:
 
     def bind_block_pool(self, block_pool: "BlockPool") -> None:
         self._block_pool = block_pool
+        self._looks_up = can_look_up(block_pool)
+        if not self._looks_up:
+            logger.warning("disagg: this vLLM's prefix cache cannot be looked into: prompts are decided on late")
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
         """All workers have registered their caches: start the side channel, or say once why not."""
@@ -79,13 +109,15 @@ class SchedulerSide:
         geometry = ordered[0].geometry
         assert geometry is not None
         config = self._vllm_config
+        self._endpoints = tuple(r.endpoint for r in ordered if r.endpoint is not None)
         facts = EngineFacts(
             model=model_identity(config, self._settings),
             geometry=geometry,
-            endpoints=tuple(r.endpoint for r in ordered if r.endpoint is not None),
+            endpoints=self._endpoints,
             max_prompt_tokens=config.model_config.max_model_len - 1,
             dp_rank=config.parallel_config.data_parallel_rank,
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
+            by_priority=config.scheduler_config.policy == "priority",
         )
         self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
         service.start()
@@ -98,10 +130,15 @@ class SchedulerSide:
                 kv_capacity_tokens=capacity,
                 load=self._load,
                 step_tokens=config.scheduler_config.max_num_batched_tokens,  # the workers' are not known; mostly equal
+                journal=self._journal,
             )
         if service.prefill is not None:
             self._prefill = PrefillSide(
-                self._settings, service.prefill, ranks=len(ordered), kv_capacity_tokens=capacity
+                self._settings,
+                service.prefill,
+                ranks=len(ordered),
+                kv_capacity_tokens=capacity,
+                journal=self._journal,
             )
         self.inactive_reason = ""
         for line in [*self._other_model(), *not_active_yet(self._settings)]:
@@ -124,26 +161,37 @@ class SchedulerSide:
             self._service = None
         if self.tier is not None:
             self.tier.child.close()
+        self._spans.close()
 
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        if self._prefill is None:
-            return
+        self.figures.request_came()
+        self._spans.remember(request.request_id, request.trace_headers)
+        if self._queue is not None:
+            self._queue.arrived(request.request_id, request.num_prompt_tokens, request.priority)
         prompt_tokens = request.num_prompt_tokens
-        transfer_id = transfer_id_of(request.kv_transfer_params)
-        ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
-        if ours or self._decode is None:  # else the decode role decides first whether it is computed here
+        ours = False
+        if self._prefill is not None:
+            transfer_id = transfer_id_of(request.kv_transfer_params)
+            ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+            if (prompt := _held_prompt(request)) is not None:
+                self._prompts[request.request_id] = prompt
+        if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens)
-        if (prompt := _held_prompt(request)) is not None:
-            self._prompts[request.request_id] = prompt
-        self._publish_load()
+        elif self._looks_up:
+            self._decide_early(request)
+        if self._prefill is not None:
+            self._publish_load()
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
-        stored_tokens = self.tier.look_up(request, cached_tokens) if self.tier is not None else 0
+        stored_tokens = self._stored(request, cached_tokens)
         if stored_tokens is None:
             return None, False
+        self._undecided.pop(request.request_id, None)
+        if self._queue is not None:
+            self._queue.cached(request.request_id, cached_tokens + stored_tokens)
         wire_tokens = self._match_wire(request, cached_tokens, stored_tokens)
         if wire_tokens is None:
             return None, False
@@ -151,32 +199,56 @@ class SchedulerSide:
             self.tier.promise(request.request_id, cached_tokens, stored_tokens)
         return stored_tokens + wire_tokens, stored_tokens + wire_tokens > 0
 
+    def _stored(self, request: "Request", cached_tokens: int) -> int | None:
+        """What LMCache will load beyond the engine's own cache; None for "not yet"."""
+        return self.tier.look_up(request, cached_tokens) if self.tier is not None else 0
+
+    def _decide_early(self, request: "Request") -> None:
+        """At a request's arrival, and each step until LMCache has answered: its turn may be far away."""
+        assert self._decode is not None
+        assert self._block_pool is not None
+        cached_tokens = cached_tokens_of(self._block_pool, request, self._block_size)
+        stored_tokens = self._stored(request, cached_tokens)
+        if stored_tokens is None:
+            self._undecided[request.request_id] = request
+        else:
+            self._undecided.pop(request.request_id, None)
+            self._answer(request, cached_tokens, stored_tokens, self._decode)
+
     def _match_wire(self, request: "Request", cached_tokens: int, stored_tokens: int) -> int | None:
         """What a prefill worker will send beyond what D's own cache and LMCache hold; None for "not yet"."""
         if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
             return 0
-        prompt = PromptView(
-            request_id=request.request_id,
-            token_ids=request.prompt_token_ids or (),
-            local_only=local_only_reason(request),
-            http_fields=_http_fields(request),
-            cache_salt=request.cache_salt or "",
-            lora=request.lora_request.lora_name if request.lora_request is not None else "",
-            priority=request.priority,
-        )
-        answer = self._decode.match(
-            prompt,
-            cached_tokens,
-            free_tokens=self._free_tokens(),
-            lmcache_tokens=cached_tokens + stored_tokens if stored_tokens else 0,
-        )
-        match answer:
+        match self._answer(request, cached_tokens, stored_tokens, self._decode):
             case Claim(tokens):
                 return tokens
             case NotYet():
                 return None
             case _:
                 return 0
+
+    def _answer(self, request: "Request", cached_tokens: int, stored_tokens: int, decode: DecodeSide) -> Answer:
+        """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
+        prompt = PromptView(
+            request_id=request.request_id,
+            token_ids=request.prompt_token_ids or (),
+            local_only=local_only_reason(request),
+            http_fields=_http_fields(request),
+            http_headers=tuple(self._spans.headers_of(request.request_id).items()),
+            cache_salt=request.cache_salt or "",
+            lora=request.lora_request.lora_name if request.lora_request is not None else "",
+            priority=request.priority,
+            only_offload=routing_of(request) == ONLY_OFFLOAD,
+        )
+        answer = decode.match(
+            prompt,
+            cached_tokens,
+            free_tokens=self._free_tokens(),
+            lmcache_tokens=cached_tokens + stored_tokens if stored_tokens else 0,
+        )
+        if self._queue is not None:
+            self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
+        return answer
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external_tokens: int) -> None:
         wire_tokens = external_tokens
@@ -195,6 +267,8 @@ class SchedulerSide:
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
         self._step += 1
         commands: list[Command] = []
+        for request in list(self._undecided.values()):
+            self._decide_early(request)
         self._count_step(output)
         if self._prefill is not None:
             commands += self._prefill.step()
@@ -207,24 +281,21 @@ class SchedulerSide:
         """What this step computes: for the load, for the model of our own speed, and for what P exports."""
         for request_id in output.preempted_req_ids or ():
             self._load.preempted(request_id)
+            if self._queue is not None:
+                self._queue.preempted(request_id)
             if self._prefill is not None:
                 self._prefill.preempted(request_id)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        prompts: list[PromptWork] = []
-        decodes = context_tokens = 0
-        for request_id, before in computed.items():
-            after = before + output.num_scheduled_tokens[request_id]
-            work = self._load.computes(request_id, before, after)
-            if work is not None and self._prefill is not None:
+        scheduled = output.num_scheduled_tokens
+        if self._queue is not None:
+            for request_id, before in computed.items():
+                self._queue.computed(request_id, before + scheduled[request_id])
+        steps = ((request_id, before, before + scheduled[request_id]) for request_id, before in computed.items())
+        for work in self._load.step_of(self._step, steps):
+            if self._prefill is not None:
                 self._export(output, work, self._prefill)
-            if work is not None and work.new_tokens > 1:
-                prompts.append(work)
-            else:  # one token costs what a decode costs, also a prompt's last one behind KV that came from elsewhere
-                decodes += 1
-                context_tokens += after
-        self._load.step_built(self._step, StepWork(tuple(prompts), decodes, context_tokens))
         if self._prefill is not None:
             self._publish_load()
 
@@ -262,6 +333,10 @@ class SchedulerSide:
 
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
+        self.figures.request_ended()
+        self._undecided.pop(request.request_id, None)
+        if self._queue is not None:
+            self._queue.finished(request.request_id)
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
@@ -280,6 +355,44 @@ class SchedulerSide:
     @property
     def holds_blocks(self) -> bool:
         return self._prefill is not None and self._prefill.holds_blocks
+
+    def stats(self) -> DisaggStats | None:
+        """What the API server should hear after this step."""
+        return self.figures.take(needs_steps=self.needs_steps)
+
+    def _figures(self) -> dict[str, object]:
+        """What of the debug snapshot metrics are made from."""
+        view: dict[str, object] = {"inactive_reason": self.inactive_reason}
+        if self._decode is not None:
+            view["decode"] = self._decode.figures()
+        if self._prefill is not None:
+            view["prefill"] = self._prefill.figures()
+        if self.tier is not None:
+            view["lmcache"] = self.tier.snapshot()
+        if self._service is not None:
+            view |= self._service.figures()
+        return view
+
+    def _engine_state(self) -> dict[str, Any] | None:
+        """What admission in the API servers is told."""
+        if self._queue is None:
+            return None
+        model, pool = self._load.model, self._block_pool
+        decode = DecodeState(
+            kv_usage=float(pool.get_usage()) if pool is not None else 0.0,
+            prefill=model.prefill(HERE),
+            decode=model.decode(),
+        )
+        scheduler = self._vllm_config.scheduler_config
+        workers = self._service.decode.workers() if self._service is not None and self._service.decode else ()
+        state = self._queue.state(
+            decode,
+            workers,
+            reorders=scheduler.policy == "priority",
+            kv_capacity_tokens=self._capacity_tokens() or None,
+            max_running=scheduler.max_num_seqs,
+        )
+        return to_plain(state)
 
     # -- inside ------------------------------------------------------------------------------------------------
 

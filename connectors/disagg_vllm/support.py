@@ -4,6 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from disagg_policies.admission_snapshots import NEVER_OFFLOAD, ONLY_OFFLOAD
+
+ROUTING_KEY = "disagg_routing"  # in a request's extra_args; set where it is queued
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
@@ -100,9 +104,17 @@ def local_only_reason(request: Any) -> str | None:
         ("prompt_logprobs", sampling is not None and sampling.prompt_logprobs is not None),
         ("no_prefix_cache", bool(getattr(request, "skip_reading_prefix_cache", False))),
         ("streaming_input", bool(getattr(request, "resumable", False))),
+        ("degraded", routing_of(request) == NEVER_OFFLOAD),
         ("preempted", request.num_preemptions > 0 or request.num_output_tokens > 0),
     )
     return next((reason for reason, holds in checks if holds), None)
+
+
+def routing_of(request: Any) -> str | None:
+    """Which way of prefilling admission chose for a request it degraded, or None."""
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    value = extra.get(ROUTING_KEY)
+    return value if value in (NEVER_OFFLOAD, ONLY_OFFLOAD) else None
 
 
 def _layer_specs(spec: Any) -> Iterable[Any]:

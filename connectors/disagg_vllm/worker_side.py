@@ -2,16 +2,13 @@
 
 import functools
 import logging
-import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from disagg_plugin.config import DisaggSettings, is_loopback
-from disagg_plugin.kv.codec import KVCodec
-from disagg_plugin.kv.dataplane import Completions, DataPlane, agent_name
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.kv.dataplane import Completions, DataPlane
 from disagg_plugin.kv.geometry import KVGeometry
-from disagg_plugin.kv.transport import NixlTransport
+from disagg_plugin.kv.rank import open_data_plane
 from disagg_vllm.kv_views import build_view
 from disagg_vllm.lmcache_tier import LMCacheWorker
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
@@ -75,36 +72,17 @@ class WorkerSide:
             self.tier.register(kv_caches)
         if self._problem:
             return
-        started_s = time.monotonic()
         try:
             parallel = self._vllm_config.parallel_config
             self._rank = parallel.rank % parallel.tensor_parallel_size
             view = build_view(
                 self._vllm_config, self._kv_cache_config, kv_caches, self._rank, parallel.tensor_parallel_size
             )
-            epoch = time.time_ns()
-            engine = f"{self._settings.role}-{os.getpid()}"
-            nixl = self._settings.nixl
             self._geometry = view.geometry
-            self._plane = DataPlane(
-                engine=engine,
-                epoch=epoch,
-                rank=self._rank,
-                view=view,
-                transfer=self._settings.transfer,
-                transport=NixlTransport(
-                    agent_name(engine, self._rank, epoch),
-                    backend=nixl.backend,
-                    net_devices=self._net_devices(),
-                    progress_thread=nixl.progress_thread,
-                ),
-                codec=self._compiled_codec(view.geometry),
-            )
+            self._plane = open_data_plane(view, self._rank, self._settings)
         except Exception as error:  # whatever is missing or unknown here: serve locally and say why
             logger.debug("disagg: rank %d cannot take part", self._rank, exc_info=True)
             self._problem = f"{type(error).__name__}: {error}"
-            return
-        logger.info("disagg: rank %d is ready after %.1f s", self._rank, time.monotonic() - started_s)
 
     def handshake(self) -> RankHandshake:
         """For the scheduler process, once."""
@@ -184,29 +162,6 @@ class WorkerSide:
             self._plane = None
         if self.tier is not None:
             self.tier.child.close()
-
-    def _compiled_codec(self, geometry: KVGeometry) -> KVCodec:
-        """The codec, compiled now if this rank may ever need int8: later it would stall a step for seconds."""
-        import torch
-
-        transfer, role = self._settings.transfer, self._settings.role
-        int8_possible = transfer.codec in ("int8", "int8c") or (transfer.codec == "auto" and not self._loopback_only())
-        quantizable = geometry.dtype in ("float32", "bfloat16", "float16")
-        wanted = transfer.compile and int8_possible and quantizable
-        codec = KVCodec(head_dim=geometry.head_dim, dtype=getattr(torch, geometry.dtype), compile=wanted)
-        if wanted:
-            seconds = codec.warm_up(encode=role != "decode", decode=role != "prefill")
-            logger.info("disagg: rank %d compiled the codec in %.1f s", self._rank, seconds)
-        return codec
-
-    def _loopback_only(self) -> bool:
-        return is_loopback(self._settings.side_channel.host)
-
-    def _net_devices(self) -> str | None:
-        """Left alone, NIXL's backend listens on every address: keep it on loopback while the side channel is."""
-        if self._settings.nixl.net_devices is not None or "UCX_NET_DEVICES" in os.environ:
-            return self._settings.nixl.net_devices
-        return "lo" if self._loopback_only() else None
 
 
 def any_commands(metadata: Any) -> StepCommands:

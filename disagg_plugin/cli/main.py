@@ -5,7 +5,7 @@ A user's mistake is one line on stderr and exit code 2, never a traceback.
 
 import typer
 
-from disagg_plugin.cli import config, decisions, keygen, policies, snapshot
+from disagg_plugin.cli import config, decisions, keygen, policies, snapshot, status
 
 app = typer.Typer(
     name="disagg",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(keygen.keygen)
 app.command()(snapshot.snapshot)
+app.command()(status.status)
 app.command()(policies.policies)
 app.command()(decisions.decisions)
 app.command()(decisions.replay_decision)

@@ -9,23 +9,37 @@ from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
+
+    worker: str
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptView:
     """A request as this role needs it.
 
     Attributes:
         local_only: Why it must not be offloaded, or None.
-        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt, priority).
+        http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt).
+        http_headers: The trace context, for the offload call.
         cache_salt, lora: Prefixes under another of these share nothing.
-        priority: As the engine counts; smaller is more urgent.
+        priority: As the engine counts; smaller is more urgent. Travels to workers that schedule by it.
+        only_offload: Wherever it can be offloaded, it is, however slow that is.
+        route: Set where the decision was made, and the prompt is posted, elsewhere.
     """
 
     request_id: str
     token_ids: Sequence[int]
     local_only: str | None = None
     http_fields: tuple[tuple[str, object], ...] = ()
+    http_headers: tuple[tuple[str, str], ...] = ()
     cache_salt: str = ""
     lora: str = ""
     priority: int = 0
+    only_offload: bool = False
+    route: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +66,7 @@ Answer = PrefillLocally | NotYet | Claim
 
 @dataclass(frozen=True, slots=True)
 class OfferCall:
-    """An offload for the I/O thread: offer to ``workers`` in order, then post the prompt to who accepts."""
+    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
 
     transfer_id: bytes
     nonce: int
@@ -60,6 +74,9 @@ class OfferCall:
     token_ids: Sequence[int]
     cached_tokens: int
     http_fields: tuple[tuple[str, object], ...]
+    http_headers: tuple[tuple[str, str], ...] = ()
+    priority: int = 0
+    post: bool = True
 
 
 class DecodePort(Protocol):

@@ -29,6 +29,7 @@ from disagg_plugin.control.events import (
     PrefillStarted,
 )
 from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.offload_call import transfer_id_in
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions
 from disagg_plugin.kv.commands import (
     AbandonReceive,
@@ -39,6 +40,9 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
+from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.ranges import profile_range
+from disagg_plugin.serving.decision_record import DecisionRecord
 from disagg_policies.snapshots import Local
 
 RECENT_TRANSFERS = 256
@@ -62,8 +66,10 @@ class DecodeSide:
         load: LoadTracker | None = None,
         step_tokens: int = DEFAULT_STEP_TOKENS,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._settings = settings
+        self._journal = journal or Journal()
         self._port = port
         self._load = load or LoadTracker(clock)
         self._decisions = OffloadDecisions(
@@ -122,6 +128,7 @@ class DecodeSide:
             return NotYet()
         if transfer.prompt_tokens - 1 <= held_tokens:
             self._abandon(transfer, Event.ABORT, "cached_meanwhile")
+            self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, held_tokens, transfer.failure)
         return self._claim(transfer, held_tokens, free_tokens - (held_tokens - cached_tokens))
 
@@ -220,32 +227,53 @@ class DecodeSide:
 
     def _decide(self, prompt: PromptView, cached_tokens: int, lmcache_tokens: int, free_tokens: int) -> Answer:
         held_tokens = max(cached_tokens, lmcache_tokens)
-        reason = prompt.local_only
-        if reason is None and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
-            reason = "prefix_held"  # whatever a policy would say: there is nothing to ask anybody for
-        if reason is not None:
-            self.decisions[reason] += 1
-            return self._stay(prompt, held_tokens, reason)
-        record = self._decisions.decide(
-            prompt,
-            cached_tokens,
-            lmcache_tokens=lmcache_tokens,
-            free_tokens=free_tokens,
-            promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
-        )
+        stays = prompt.local_only
+        if stays is None and prompt.route is None and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
+            stays = "prefix_held"  # whatever a policy would say: there is nothing to ask anybody for
+        if stays is not None:
+            self.decisions[stays] += 1
+            self._journal.decided(prompt.request_id, "local")
+            return self._stay(prompt, held_tokens, stays)
+        if prompt.route is not None:
+            self._journal.decided(prompt.request_id, "offloaded", None)
+            return self._offer(prompt, cached_tokens, lmcache_tokens, (prompt.route.worker,), "routed", None)
+        with profile_range("disagg decide"):
+            record = self._decisions.decide(
+                prompt,
+                cached_tokens,
+                lmcache_tokens=lmcache_tokens,
+                free_tokens=free_tokens,
+                promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
+            )
         decision = record.decision
-        self.decisions[decision.reason] += 1
         if isinstance(decision, Local):
+            self.decisions[decision.reason] += 1
+            self._journal.decided(prompt.request_id, "local", decision.local_ttft_s)
             return self._stay(prompt, held_tokens, decision.reason)
+        self._journal.decided(prompt.request_id, "offloaded", decision.remote_ttft_s)
+        return self._offer(prompt, cached_tokens, lmcache_tokens, decision.workers, decision.reason, record)
+
+    def _offer(
+        self,
+        prompt: PromptView,
+        cached_tokens: int,
+        lmcache_tokens: int,
+        workers: tuple[str, ...],
+        reason: str,
+        record: DecisionRecord | None,
+    ) -> Answer:
+        held_tokens = max(cached_tokens, lmcache_tokens)
+        self.decisions[reason] += 1
         transfer = Transfer(
             request_id=prompt.request_id,
-            transfer_id=secrets.token_bytes(16),
+            transfer_id=transfer_id_in(prompt.route.room) if prompt.route else secrets.token_bytes(16),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
             cached_tokens=held_tokens,
             lmcache_tokens=max(0, lmcache_tokens - cached_tokens),
             offered_s=self._clock(),
-            reason=decision.reason,
+            reason=reason,
+            asked_s=self._clock() - (record.took_s if record is not None else 0.0),
             completed=True,
             record=record,
         )
@@ -256,10 +284,13 @@ class DecodeSide:
             OfferCall(
                 transfer_id=transfer.transfer_id,
                 nonce=transfer.nonce,
-                workers=decision.workers,
+                workers=workers,
                 token_ids=prompt.token_ids,
                 cached_tokens=held_tokens,
                 http_fields=prompt.http_fields,
+                http_headers=prompt.http_headers,
+                priority=prompt.priority,
+                post=prompt.route is None,
             )
         )
         return NotYet()
@@ -300,6 +331,8 @@ class DecodeSide:
             self.totals["aborted"] += 1
         else:
             self.fallbacks[reason] += 1
+            transfer.given_up_s = self._clock()
+            self._journal.fell_back(transfer.request_id)
         if loading:
             self._commands.append(AbandonReceive(transfer.request_id, reason))
             if event is not Event.ABORT:  # the engine computes what is missing without asking again
@@ -309,7 +342,9 @@ class DecodeSide:
     def _forget(self, transfer: Transfer) -> None:
         self._by_request.pop(transfer.request_id, None)
         self._by_transfer.pop(transfer.transfer_id, None)
-        self.recent.append(transfer.row())
+        row = transfer.row()
+        self.recent.append(row)
+        self._journal.transfer_over("decode", row)
 
     def _drain(self) -> None:
         for event in self._port.drain():
@@ -323,16 +358,17 @@ class DecodeSide:
                     for transfer in list(self._by_request.values()):
                         if transfer.peer == peer:
                             self._abandon(transfer, Event.PEER_LOST, reason)
-                case PrefillAccepted() | PrefillStarted() | PrefillFailed() | PrefillEnded():
+                case PrefillEnded(transfer_id):
+                    if (ended := self._by_transfer.get(transfer_id)) is not None:  # often after its last chunk
+                        ended.prefill_ended_s = self._clock()
+                case PrefillAccepted() | PrefillStarted() | PrefillFailed():
                     if (found := self._by_transfer.get(event.transfer_id)) is not None and found.state not in OVER:
                         try:
                             self._progress(found, event)
                         except IllegalTransition:
                             self._abandon(found, Event.FAIL, "protocol_error")
 
-    def _progress(
-        self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
-    ) -> None:
+    def _progress(self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed) -> None:
         now = self._clock()
         match event:
             case PrefillAccepted(_, peer, eta_s):
@@ -345,21 +381,29 @@ class DecodeSide:
                 transfer.state = advance(transfer.state, Event.START)
             case PrefillFailed(_, reason):
                 self._abandon(transfer, Event.FAIL, reason)
-            case PrefillEnded():
-                transfer.prefill_ended_s = now
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
+        transfers = list(self._by_request.values())
         return {
-            "decisions": dict(self.decisions),
+            **self.figures(),
             **self._decisions.snapshot(),
-            "fallbacks": dict(self.fallbacks),
-            "totals": dict(self.totals),
-            "open": [t.row() for t in list(self._by_request.values()) if t.state not in OVER],
-            "tracked_requests": len(self._by_request) + len(self._local),
-            "held_tokens": self._held_tokens,
+            "open": [t.row() for t in transfers if t.state not in OVER],
+            "tracked_requests": len(transfers) + len(self._local),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
             "recent": list(self.recent),
+        }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        return {
+            "decisions": dict(self.decisions),
+            "policies": self._decisions.policies(),
+            "model_errors": self._load.model.errors(),
+            "fallbacks": dict(self.fallbacks),
+            "totals": dict(self.totals),
+            "open_transfers": sum(t.state not in OVER for t in list(self._by_request.values())),
+            "held_tokens": self._held_tokens,
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }
 

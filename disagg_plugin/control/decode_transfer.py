@@ -52,6 +52,8 @@ class Transfer:
     cached_tokens: int  # that D held when it was offered: its own, and LMCache's
     offered_s: float
     lmcache_tokens: int = 0  # of them, what LMCache loads
+    asked_s: float = 0.0  # before the policies
+    given_up_s: float = 0.0
     state: State = State.OFFERED
     peer: str = ""
     reason: str = "over_threshold"
@@ -90,11 +92,13 @@ class Transfer:
             "lmcache_tokens": self.lmcache_tokens,
             "first_token": self.first_token,
             "end_token": self.end_token,
+            "asked_s": self.asked_s,
             "offered_s": self.offered_s,
             "accepted_s": self.accepted_s,
             "started_s": self.started_s,
             "ready_s": self.ready_s,
             "landed_s": self.landed_s,
+            "given_up_s": self.given_up_s,
             "prefill_ended_s": self.prefill_ended_s,
             **(asdict(self.arrival) if self.arrival else {}),
         }

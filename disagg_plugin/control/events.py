@@ -64,6 +64,7 @@ class TicketOffered:
     prompt_tokens: int
     codec: str
     deadline_s: float
+    prompt_digest: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ def model_facts(hf_config: Mapping[str, object]) -> dict[str, object]:
         facts.setdefault("kv_heads", heads)
         if isinstance(hidden, int):
             facts.setdefault("head_dim", hidden // heads)
+    if facts.get("v_head_dim") == facts.get("head_dim"):
+        facts.pop("v_head_dim", None)  # the same as not given; SGLang writes it into every config that it loads
     if config.get("sliding_window") and config.get("use_sliding_window") is not False:
         facts["sliding_window"] = config["sliding_window"]
     if isinstance(quantization := config.get("quantization_config"), Mapping) and quantization:
@@ -109,6 +111,25 @@ def weights_digest(model_dir: Path, *, samples_per_tensor: int = 4) -> str:
         return _plain_files_digest(files)
     except (OSError, ValueError) as error:
         raise ConfigError(f"weight files in {model_dir} cannot be read ({error}): {_ADVICE}") from error
+
+
+def local_model_path(model: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Where the weights of ``model`` lie: a directory, a file, or a Hugging Face id that was downloaded before.
+
+    Raises:
+        ConfigError: Not on this machine.
+    """
+    if (path := Path(model)).exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(
+            f"weights of {model} are not on this machine: set model_revision_id in the disagg config instead"
+        ) from error
 
 
 class _Tensor(NamedTuple):

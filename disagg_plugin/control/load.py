@@ -1,7 +1,7 @@
 """What an engine knows about its own load, counted from the scheduler's calls; engine-neutral."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from disagg_plugin.control.step_times import PRIOR_TOKENS_PER_S, PromptWork, StepTimes, StepWork
@@ -69,6 +69,29 @@ class LoadTracker:
             return None
         self._set_remaining(request_id, prompt_tokens - end)
         return PromptWork(request_id, end - before, before, done=end == prompt_tokens)
+
+    def step_of(self, number: int, computed: Iterable[tuple[str, int, int]]) -> list[PromptWork]:
+        """A step is handed to the workers; numbers grow.
+
+        Args:
+            computed: Each request in it, and the tokens ``[before, after)`` that the step computes of it.
+
+        Returns:
+            The parts of prompts in it.
+        """
+        works, prompts = [], []
+        decodes = context_tokens = 0
+        for request_id, before, after in computed:
+            work = self.computes(request_id, before, after)
+            if work is not None:
+                works.append(work)
+            if work is not None and work.new_tokens > 1:
+                prompts.append(work)
+            else:  # one token costs what a decode costs, also a prompt's last one behind KV that came from elsewhere
+                decodes += 1
+                context_tokens += after
+        self.step_built(number, StepWork(tuple(prompts), decodes, context_tokens))
+        return works
 
     def step_built(self, number: int, work: StepWork) -> None:
         """A step was handed to the workers; numbers grow."""

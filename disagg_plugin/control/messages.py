@@ -19,12 +19,16 @@ Tickets (transfer id + nonce) travel only here. HTTP carries the transfer id alo
 can put into HTTP is ever used as an address, a slot or an agent.
 """
 
+from typing import Literal
+
 import msgspec
 
 from disagg_plugin.kv.commands import RankEndpoint
 from disagg_plugin.kv.geometry import KVGeometry
 
 PROTOCOL_VERSION = 1
+PRIORITY = "priority"  # feature of an engine that schedules by it: prompts may be sent with one
+EngineKind = Literal["vllm", "sglang"]
 MAX_MESSAGE_BYTES = 4 << 20  # libzmq drops larger ones silently at the receiver: refused at the sender
 
 
@@ -67,7 +71,12 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The prefill engine agrees; from now on it accepts offers from this peer."""
+    """The prefill engine agrees; from now on it accepts offers from this peer.
+
+    Attributes:
+        kind: Which HTTP dialect the prompt is to be posted in.
+        bootstrap_port: By what number a stock SGLang router names this engine in requests; 0 if none does.
+    """
 
     protocol: int
     features: tuple[str, ...]
@@ -78,6 +87,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     endpoints: tuple[RankEndpoint, ...]
     max_prompt_tokens: int
     prefill_queue_max: int
+    kind: EngineKind = "vllm"
+    bootstrap_port: int = 0
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
@@ -95,6 +106,7 @@ class Offer(Message, frozen=True, tag="offer"):
         cached_tokens: Prefix that the decode side holds already (it may still grow or shrink until Ready).
         deadline_s: Seconds from now after which the decode side will not wait any more.
         codec: "raw", "int8" or "int8c": what the decode side wants on this link.
+        prompt_digest: Of the prompt's token ids, or 0 where the transfer id alone, a secret, proves the prompt.
     """
 
     transfer_id: bytes
@@ -104,6 +116,7 @@ class Offer(Message, frozen=True, tag="offer"):
     deadline_s: float
     codec: str
     priority: int = 0
+    prompt_digest: int = 0
 
 
 class Accepted(Message, frozen=True, tag="accepted"):

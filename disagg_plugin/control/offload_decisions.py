@@ -90,12 +90,20 @@ class OffloadDecisions:
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         workers = self._port.workers()
         decode = self._state(free_tokens, promised_tokens)
-        if decode.prefill.samples:
-            self._port.assume(decode.prefill)
-        elif (measured := next((w.prefill for w in workers if w.prefill.samples), None)) is not None:
-            decode = replace(decode, prefill=replace(measured, samples=0))  # likewise, the other way round
+        known = [w.prefill for w in workers if w.prefill.samples]
+        if not decode.prefill.samples and known:  # we never prefilled: as fast as they
+            decode = replace(decode, prefill=replace(known[0], samples=0))
+        if decode.prefill.samples or known:
+            self._port.assume(decode.prefill)  # who has measured nothing yet, perhaps since a restart: as fast as we
         return self._decider.decide(
-            Prompt(prompt.request_id, len(prompt.token_ids), cached_tokens, lmcache_tokens, priority=prompt.priority),
+            Prompt(
+                prompt.request_id,
+                len(prompt.token_ids),
+                cached_tokens,
+                lmcache_tokens,
+                priority=prompt.priority,
+                only_offload=prompt.only_offload,
+            ),
             decode,
             workers,
             self._port.overlap_tokens(hashes),
@@ -122,9 +130,12 @@ class OffloadDecisions:
         """The debug view."""
         return {
             "decision_log": self._decider.rows(),
-            "policies": self._decider.status(),
             "latency_model": self._load.model.snapshot(),
         }
+
+    def policies(self) -> dict[str, object]:
+        """Which policies are asked, and how they do."""
+        return self._decider.status()
 
     def close(self) -> None:
         """Let the threads of other people's policies end."""

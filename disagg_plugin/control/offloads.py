@@ -14,8 +14,8 @@ import aiohttp
 from disagg_plugin.config import TransferSettings
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted, PrefillEnded, PrefillFailed
-from disagg_plugin.control.messages import Accepted, Cancel, Offer, Refused
-from disagg_plugin.control.offload_call import CompletionsDialect, post_prompt
+from disagg_plugin.control.messages import PRIORITY, Accepted, Cancel, Offer, Refused, Welcome
+from disagg_plugin.control.offload_call import DIALECTS, post_prompt, prompt_digest
 from disagg_plugin.control.worker_link import WorkerLink
 from disagg_plugin.errors import PeerLost, PeerRefused
 
@@ -41,7 +41,6 @@ class Offloads:
         self._counters = counters
         self._calls: dict[bytes, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession | None = None
-        self._dialect = CompletionsDialect()
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -105,7 +104,7 @@ class Offloads:
         if reason:
             self._counters[f"failed_{reason}"] += 1
             self._emit(PrefillFailed(call.transfer_id, reason))
-        else:
+        elif call.post:
             self._emit(PrefillEnded(call.transfer_id))
 
     async def _ask(self, link: WorkerLink, call: OfferCall) -> tuple[Accepted | None, str]:
@@ -123,6 +122,8 @@ class Offloads:
                     cached_tokens=call.cached_tokens,
                     deadline_s=self._settings.deadline_s,
                     codec=link.codec,
+                    priority=call.priority,
+                    prompt_digest=0 if call.post else prompt_digest(call.token_ids),
                 )
             )
             message = await asyncio.wait_for(answer, self._settings.offer_timeout_s)
@@ -150,14 +151,17 @@ class Offloads:
         assert self._session is not None
         assert link.welcome is not None
         self._emit(PrefillAccepted(call.transfer_id, link.name, accepted.eta_s))
-        body = self._dialect.body(
-            model=link.welcome.model.served_name,
-            token_ids=call.token_ids,
-            transfer_id=call.transfer_id,
-            fields=call.http_fields,
-        )
+        if not call.post:  # whoever routed the request posts it
+            return ""
+        dialect = DIALECTS[link.welcome.kind]
         try:
-            await post_prompt(self._session, link.address, self._dialect, body)
+            body = dialect.body(
+                model=link.welcome.model.served_name,
+                token_ids=call.token_ids,
+                transfer_id=call.transfer_id,
+                fields=_with_priority(call, link.welcome),
+            )
+            await post_prompt(self._session, link.address, dialect, body, call.http_headers)
         except asyncio.CancelledError as cancelled:
             link.send(Cancel(call.transfer_id, str(cancelled)))
             link.undecided(call.transfer_id)
@@ -168,9 +172,16 @@ class Offloads:
             reason = "http_unreachable" if isinstance(error, aiohttp.ClientConnectorError) else "http_connection_lost"
         else:
             return ""  # a verdict comes with the KV
-        if reason in THE_PROMPTS_FAULT:
+        if reason in THE_PROMPTS_FAULT or reason.startswith("cannot_carry_"):
             link.undecided(call.transfer_id)
         else:
             link.not_offered(call.transfer_id)
             link.failed(reason)
         return reason
+
+
+def _with_priority(call: OfferCall, welcome: Welcome) -> tuple[tuple[str, object], ...]:
+    """An engine that does not schedule by priority refuses the field, so only one that said it does is sent it."""
+    if call.priority == 0 or PRIORITY not in welcome.features:
+        return call.http_fields
+    return (*call.http_fields, ("priority", call.priority))

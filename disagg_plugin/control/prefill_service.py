@@ -37,6 +37,7 @@ from disagg_plugin.control.messages import (
     Started,
     Welcome,
 )
+from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.prefix_digest import PrefixDigest
 from disagg_plugin.control.report_pacer import Later, ReportPacer
 from disagg_plugin.kv.commands import AddPeer
@@ -106,6 +107,7 @@ class PrefillService:
         self._send = send
         self._post = post
         self._clock = clock
+        self._pauses = OwnPauses(settings.side_channel.heartbeat_s)
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._awaited: dict[bytes, _Awaited] = {}
@@ -194,7 +196,9 @@ class PrefillService:
     def sweep(self) -> None:
         """Forget silent peers and prompts that never came; called every heartbeat interval."""
         now = self._clock()
+        away_s = self._pauses.since_last_look_s(now)
         for peer in list(self._peers.values()):
+            peer.heard_s = excused(peer.heard_s, away_s, now)
             if now - peer.heard_s > self._settings.side_channel.peer_timeout_s:
                 self._leave(peer, "peer_silent")
         for transfer_id, awaited in list(self._awaited.items()):
@@ -261,6 +265,7 @@ class PrefillService:
                 prompt_tokens=offer.prompt_tokens,
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
+                prompt_digest=offer.prompt_digest,
             )
         )
         load = self._load

@@ -25,6 +25,7 @@ from disagg_plugin.control.events import (
     TicketOffered,
     TicketReady,
 )
+from disagg_plugin.control.offload_call import prompt_digest, room_of
 from disagg_plugin.kv.commands import (
     AddPeer,
     Command,
@@ -36,6 +37,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
 )
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, State, advance
+from disagg_plugin.observability.journal import Journal
 
 RECENT_TRANSFERS = 256
 
@@ -89,8 +91,10 @@ class PrefillSide:
         ranks: int,
         kv_capacity_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         self._settings = settings
+        self._journal = journal or Journal()
         self._port = port
         self._ranks = ranks
         self._capacity_tokens = kv_capacity_tokens
@@ -107,18 +111,32 @@ class PrefillSide:
 
     # -- the engine's scheduler tells ------------------------------------------------------------------------------
 
-    def new_request(self, request_id: str, transfer_id: bytes, prompt_tokens: int) -> bool:
-        """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one)."""
+    def offered_in_room(self, room: int) -> bytes | None:
+        """The transfer whose prompt arrives under this number, where HTTP cannot carry a whole transfer id."""
+        self._drain()
+        waiting = (t for t in self._tickets.values() if not t.request_id and t.state not in OVER)
+        return next((t.offer.transfer_id for t in waiting if room_of(t.offer.transfer_id) == room), None)
+
+    def new_request(
+        self, request_id: str, transfer_id: bytes, prompt_tokens: int, *, prompt: Sequence[int] = ()
+    ) -> bool:
+        """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one).
+
+        Args:
+            prompt: Its token ids, compared with the offer's digest where that has one.
+        """
         self._drain()
         self._port.arrived(transfer_id)
         ticket = self._tickets.get(transfer_id)
         if ticket is None or ticket.request_id or ticket.state in OVER:
             self.totals["unknown_transfer_ids"] += 1
             return False
-        if ticket.offer.prompt_tokens != prompt_tokens:
+        digest = ticket.offer.prompt_digest
+        if ticket.offer.prompt_tokens != prompt_tokens or (digest and digest != prompt_digest(prompt)):
             self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
             return False
         ticket.request_id = request_id
+        self._journal.prefills_for_another(request_id)
         self._by_request[request_id] = ticket
         return True
 
@@ -131,8 +149,9 @@ class PrefillSide:
         ticket = self._by_request.get(request_id)
         if ticket is None or ticket.state in OVER:
             return
+        ticket.started_s = ticket.started_s or self._clock()  # Ready may have come before
         if ticket.state is State.ACCEPTED:
-            ticket.state, ticket.started_s = advance(ticket.state, Event.START), self._clock()
+            ticket.state = advance(ticket.state, Event.START)
             self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
         ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
         self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
@@ -266,7 +285,9 @@ class PrefillSide:
         if self._tickets.pop(ticket.offer.transfer_id, None) is None:
             return
         self._by_request.pop(ticket.request_id, None)
-        self.recent.append(self._describe(ticket))
+        row = self._describe(ticket)
+        self.recent.append(row)
+        self._journal.transfer_over("prefill", row)
 
     def _drain(self) -> None:
         for event in self._port.drain():
@@ -327,14 +348,21 @@ class PrefillSide:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
+        return {
+            **self.figures(),
+            "open": [self._describe(t) for t in list(self._tickets.values())],
+            "recent": list(self.recent),
+        }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
         tickets = list(self._tickets.values())
         return {
             "totals": dict(self.totals),
             "drops": dict(self.drops),
-            "open": [self._describe(t) for t in tickets],
+            "open_transfers": len(tickets),
             "held_requests": sum(t.holding for t in tickets),
             "held_tokens": sum(t.computed_tokens for t in tickets if t.holding),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
-            "recent": list(self.recent),
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }

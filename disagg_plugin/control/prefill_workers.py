@@ -16,14 +16,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 import msgspec
 
-from disagg_plugin.config import DisaggSettings
+from disagg_plugin.config import DisaggSettings, is_loopback
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent
 from disagg_plugin.control.messages import AnyMessage, Hello, Ready
 from disagg_plugin.control.offloads import Offloads
+from disagg_plugin.control.own_pauses import OwnPauses
 from disagg_plugin.control.ring_regions import RingRegions
 from disagg_plugin.control.worker_directory import (
     LOOK_AGAIN_S,
@@ -41,6 +43,11 @@ from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
 logger = logging.getLogger(__name__)
+
+
+def same_host(one: str, other: str) -> bool:
+    """Whether two texts name one host; every name of this machine's loopback is the same."""
+    return one.lower() == other.lower() or (is_loopback(one) and is_loopback(other))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +93,7 @@ class PrefillWorkers:
             ring_slots=min([e.ring_slots for e in hello.endpoints], default=0), slots_each=hello.region_slots
         )
         self._said_exhausted = False
+        self._pauses = OwnPauses(settings.side_channel.heartbeat_s)
         self._links: dict[str, WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: deque[DecodeEvent] = deque()
@@ -135,6 +143,16 @@ class PrefillWorkers:
             hashes: From ``serving.prefix_hash.prefix_hashes`` with its standard chunk.
         """
         return self._index.overlap_tokens(hashes, self._handed.names, chunk_tokens=CHUNK_TOKENS)
+
+    def worker_at(self, host: str, bootstrap_port: int) -> str | None:
+        """The worker that a router's request names; None if none of ours fits or it is not there."""
+        for link in list(self._links.values()):
+            welcome = link.welcome
+            if welcome is None or welcome.bootstrap_port != bootstrap_port:
+                continue
+            if same_host(host, link.address.host) or same_host(host, urlsplit(link.address.url).hostname or ""):
+                return link.name
+        return None
 
     def offer(self, call: OfferCall) -> None:
         self._offers += 1
@@ -193,8 +211,9 @@ class PrefillWorkers:
     def sweep(self) -> None:
         """Heartbeats out, silent workers lost, rows as of now; called every heartbeat interval."""
         now_s = self._clock()
+        away_s = self._pauses.since_last_look_s(now_s)
         for link in list(self._links.values()):
-            link.heartbeat()
+            link.heartbeat(away_s)
             if link.left_s is not None and (link.welcome is None or now_s - link.left_s > LEAVE_AFTER_S):
                 self._remove(link)
         self._publish()
@@ -288,6 +307,15 @@ class PrefillWorkers:
         if names == self._view.names:
             names = self._view.names
         self._view = _View(tuple([link.row for link in links.values()]), names, self._seen_offers)
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        links = list(self._links.values())
+        return {
+            "counters": dict(self.counters),
+            "workers": {link.name: link.figures() for link in links},
+            "model_errors": self._latency.errors(),
+        }
 
     def snapshot(self) -> dict[str, object]:
         """The debug view."""

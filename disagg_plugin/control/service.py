@@ -19,8 +19,10 @@ from disagg_plugin.control.compatibility import Party
 from disagg_plugin.control.io_thread import IoThread
 from disagg_plugin.control.keys import KeyRing
 from disagg_plugin.control.messages import (
+    PRIORITY,
     PROTOCOL_VERSION,
     AnyMessage,
+    EngineKind,
     Hello,
     ModelIdentity,
     Snapshot,
@@ -45,6 +47,8 @@ class EngineFacts:
         prefix_capacity_tokens: KV tokens that its prefix cache can hold; 0: it keeps none.
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
+        by_priority: It schedules requests by priority.
+        kind, bootstrap_port: See ``Welcome``.
     """
 
     model: ModelIdentity
@@ -53,6 +57,9 @@ class EngineFacts:
     max_prompt_tokens: int
     dp_rank: int = 0
     prefix_capacity_tokens: int = 0
+    by_priority: bool = False
+    kind: EngineKind = "vllm"
+    bootstrap_port: int = 0
 
 
 class ControlService:
@@ -138,13 +145,28 @@ class ControlService:
 
     def snapshot(self) -> dict[str, object]:
         """The debug view of the whole process."""
-        view = {
+        return {
             "engine": self.engine,
             "epoch": self.epoch,
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             **self._snapshot(),
+            **self._links(),
         }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from, several times a second."""
+        view: dict[str, object] = {}
+        if self._server is not None:
+            view["side_channel"] = dict(self._server.counters)
+        if self.prefill is not None:
+            view["prefill_service"] = dict(self.prefill.counters)
+        if self.decode is not None:
+            view["prefill_workers"] = self.decode.figures()
+        return view
+
+    def _links(self) -> dict[str, object]:
+        view: dict[str, object] = {}
         if self._server is not None:
             view["side_channel"] = dict(self._server.counters)
         if self.prefill is not None:
@@ -158,7 +180,7 @@ class ControlService:
             self._settings,
             Welcome(
                 protocol=PROTOCOL_VERSION,
-                features=FEATURES,
+                features=(*FEATURES, PRIORITY) if facts.by_priority else FEATURES,
                 engine=self.engine,
                 epoch=self.epoch,
                 model=facts.model,
@@ -166,6 +188,8 @@ class ControlService:
                 endpoints=facts.endpoints,
                 max_prompt_tokens=facts.max_prompt_tokens,
                 prefill_queue_max=self._settings.split_policy.prefill_queue_max,
+                kind=facts.kind,
+                bootstrap_port=facts.bootstrap_port,
             ),
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,

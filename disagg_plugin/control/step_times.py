@@ -17,13 +17,13 @@ What becomes of a step:
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from disagg_plugin.serving.latency import HERE, LatencyModel
 
 STEPS_IN_FLIGHT = 64  # of which the output has not come; an engine that never tells must not fill memory
-MEMORY = 0.8  # weight of the steps before in the recent speed
+RECENT_STEPS = 32  # that prefill; the recent speed is their median
 PRIOR_TOKENS_PER_S = 1_000.0  # until the first prefill was measured
 
 
@@ -66,7 +66,8 @@ class StepTimes:
     """Feeds one engine's :class:`LatencyModel` (as ``HERE``); all calls from the scheduler's thread.
 
     Attributes:
-        tokens_per_s: Prompt tokens a second of recent steps that prefill, large steps counting more.
+        tokens_per_s: Prompt tokens a second of recent steps that prefill: the median over their tokens, so that
+            neither a cold first step nor many small ones make the engine look slow.
     """
 
     def __init__(self, model: LatencyModel, clock: Callable[[], float]) -> None:
@@ -75,8 +76,7 @@ class StepTimes:
         self._open: deque[tuple[int, float, StepWork]] = deque(maxlen=STEPS_IN_FLIGHT)
         self._ended_s = float("-inf")
         self._lone: _Lone | None = None
-        self._tokens = 0.0
-        self._seconds = 0.0
+        self._speeds: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)  # tokens a second, tokens
         self.tokens_per_s = PRIOR_TOKENS_PER_S
 
     def built(self, number: int, work: StepWork) -> None:
@@ -104,9 +104,8 @@ class StepTimes:
             return
         prefill_s = seconds - self._decodes_s(work)
         new_tokens = sum([p.new_tokens for p in work.prompts])
-        self._tokens = MEMORY * self._tokens + new_tokens
-        self._seconds = MEMORY * self._seconds + seconds
-        self.tokens_per_s = max(self._tokens / self._seconds, 1e-3)
+        self._speeds.append((max(new_tokens / seconds, 1e-3), new_tokens))
+        self.tokens_per_s = _median(self._speeds)
         if prefill_s < seconds / 2:
             self._end_lone()
         elif len(work.prompts) == 1:
@@ -144,3 +143,14 @@ class StepTimes:
             self._model.saw_prefill(
                 HERE, new_tokens=lone.new_tokens, cached_tokens=lone.cached_tokens, seconds=lone.seconds
             )
+
+
+def _median(speeds: Iterable[tuple[float, int]]) -> float:
+    """The speed at which half of all tokens were computed at most."""
+    ordered = sorted(speeds)
+    left = sum([tokens for _, tokens in ordered]) / 2
+    for speed, tokens in ordered:
+        left -= tokens
+        if left <= 0:
+            return speed
+    return PRIOR_TOKENS_PER_S

@@ -44,18 +44,21 @@ from disagg_plugin.control.messages import (
     Started,
     Welcome,
 )
+from disagg_plugin.control.own_pauses import excused
 from disagg_plugin.control.received_load import ReceivedLoad
+from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
 from disagg_plugin.errors import PeerLost
 from disagg_plugin.kv.commands import AddPeer
-from disagg_plugin.serving.latency import LatencyModel
+from disagg_plugin.serving.latency import OVERHEAD_PRIOR_S, LatencyModel
 from disagg_plugin.serving.prefix_index import PrefixIndex
 from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 REPORTS_EVERY_S = 0.5  # at least, by P's promise
 DIGEST_ASK_AGAIN_S = 1.0
+FADES_BY_HALF_S = 10.0
 NEWEST_SHARE = 0.2  # of the newest transfer in what a token takes on the wire
 
 logger = logging.getLogger(__name__)
@@ -99,14 +102,6 @@ class Surroundings:
 
 
 @dataclass(slots=True)
-class _Offered:
-    """A prompt offered to the worker that no report of it counts yet."""
-
-    tokens: int
-    accepted: bool = False
-
-
-@dataclass(slots=True)
 class WorkerLink:
     """One prefill worker; everything runs in the I/O thread."""
 
@@ -127,10 +122,11 @@ class WorkerLink:
     _heard_s: float = 0.0
     _load: ReceivedLoad = ReceivedLoad()  # noqa: RUF009 - frozen
     _reported_s: float | None = None
-    _offered: dict[bytes, _Offered] = field(default_factory=dict)
+    _offers: UncountedOffers = field(default_factory=UncountedOffers)
     _digest: DigestFollower = field(default_factory=DigestFollower)
     _digest_asked_s: float = float("-inf")
     _bytes_per_token: float | None = None  # measured
+    _landed_s: float = 0.0  # when an offload did so last
 
     def __post_init__(self) -> None:
         self.codec = wire_codec(self.around.codec, self.address.host, self.hello.geometry.dtype)
@@ -163,10 +159,16 @@ class WorkerLink:
         if self.client is not None:
             self.client.send(message)
 
-    def heartbeat(self) -> None:
-        """Say that we live, notice that it does not; called every heartbeat interval."""
+    def heartbeat(self, away_s: float = 0.0) -> None:
+        """Say that we live, notice that it does not; called every heartbeat interval.
+
+        Args:
+            away_s: In which we could not have heard it, as our thread did not run.
+        """
+        now_s = self.around.clock()
+        self._heard_s = excused(self._heard_s, away_s, now_s)
         if self.welcome is not None:
-            if self.around.clock() - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
+            if now_s - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
                 self.lose(Health.SILENT, "peer_silent")
             else:
                 self.send(Heartbeat(self.hello.epoch))
@@ -179,7 +181,7 @@ class WorkerLink:
         had = self.welcome is not None
         self.welcome, self.health, self.reason = None, health, problem
         self._load, self._reported_s, self._digest = ReceivedLoad(), None, DigestFollower()
-        self._offered.clear()
+        self._offers.clear()
         self.around.index.forget(self.name)
         for answer in self.answers.values():
             if not answer.done():
@@ -218,8 +220,8 @@ class WorkerLink:
             case Rejected(reason, theirs, ours):
                 self._rejected(reason, ours=ours, theirs=theirs)
             case Accepted(transfer_id) | Refused(transfer_id):
-                if (offered := self._offered.get(transfer_id)) is not None and isinstance(message, Accepted):
-                    offered.accepted = True  # here, not where it is awaited: a report may follow at once
+                if isinstance(message, Accepted):
+                    self._offers.accepted(transfer_id)  # here, not where it is awaited: a report may follow at once
                 answer = self.answers.get(transfer_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -295,9 +297,7 @@ class WorkerLink:
             return
         self._load = self._load.updated(report)
         self._reported_s = self.around.clock()
-        # offers are answered and reports sent in one order: what was accepted before this report is counted in it
-        for transfer_id in [known for known, offered in self._offered.items() if offered.accepted]:
-            del self._offered[transfer_id]
+        self._offers.reported()
         if report.digest is not None:
             self._follow(report.digest)
         self._changed()
@@ -322,7 +322,7 @@ class WorkerLink:
 
     def offered(self, transfer_id: bytes, tokens: int) -> None:
         """A prompt of ours is, or is about to be, offered to it; idempotent."""
-        self._offered.setdefault(transfer_id, _Offered(tokens))
+        self._offers.add(transfer_id, tokens)
         self._changed()
 
     def asked(self, transfer_id: bytes) -> None:
@@ -333,14 +333,13 @@ class WorkerLink:
 
     def not_offered(self, transfer_id: bytes) -> None:
         """It refused, or was not asked after all, or the prompt was taken back."""
-        if self._offered.pop(transfer_id, None) is not None:
+        if self._offers.remove(transfer_id):
             self._changed()
 
     def call_ended(self, transfer_id: bytes) -> None:
         """Nobody works on that offload any more; what was accepted stays counted until the next report counts it."""
-        offered = self._offered.get(transfer_id)
-        if offered is not None and not offered.accepted:
-            self.not_offered(transfer_id)
+        if self._offers.call_ended(transfer_id):
+            self._changed()
 
     def undecided(self, transfer_id: bytes) -> None:
         """An offload ended and says nothing about the worker."""
@@ -365,6 +364,7 @@ class WorkerLink:
 
     def succeeded(self) -> None:
         """An offload went all the way."""
+        self._landed_s = self.around.clock()
         if self.backoff.probe_s is not None:
             logger.info("disagg: prefill worker %s works again", self.name)
         self.backoff, self.probe = self.backoff.succeeded(), b""
@@ -396,12 +396,23 @@ class WorkerLink:
             kv_usage=load.kv_usage,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             reported_s=self._reported_s or 0.0,
-            in_flight_requests=len(self._offered),
-            in_flight_tokens=sum([offered.tokens for offered in self._offered.values()]),
-            overhead_s=latency.overhead_s(self.name),
+            in_flight_requests=self._offers.requests,
+            in_flight_tokens=self._offers.tokens,
+            overhead_s=self._overhead_s(),
             prefill=load.prefill,
             link=latency.link(self.name, wire_bytes_per_token=per_token),
         )
+
+    def _overhead_s(self) -> float:
+        """What was measured; what is above the prior fades while nothing lands.
+
+        The first transfers wire the agents up and take seconds. A worker that is avoided for that would never be
+        measured again.
+        """
+        measured_s: float = self.around.latency.overhead_s(self.name)
+        excess_s = max(0.0, measured_s - OVERHEAD_PRIOR_S)
+        age_s = self.around.clock() - self._landed_s
+        return measured_s - excess_s + excess_s * math.exp2(-age_s / FADES_BY_HALF_S)
 
     def _changed(self) -> None:
         self.refresh()
@@ -409,17 +420,8 @@ class WorkerLink:
 
     def describe(self) -> dict[str, object]:
         """The debug view."""
-        now_s = self.around.clock()
-        health, reason = self.health, self.reason
-        age_s = None if self._reported_s is None else now_s - self._reported_s
-        if self.left_s is not None:
-            health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
-        elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
-            probing = self.backoff.probe_s is not None
-            health = Health.BACKED_OFF
-            reason = "probing" if probing else f"{self.backoff.until_s - now_s:.1f} s left"
-        elif health is Health.HEALTHY and (age_s is None or age_s > SUSPECT_AFTER_S):
-            health, reason = Health.SUSPECT, "no load report" if age_s is None else f"load report {age_s:.1f} s old"
+        health, reason = self.standing()
+        age_s = None if self._reported_s is None else self.around.clock() - self._reported_s
         row = self.row
         return {
             "url": self.address.url,
@@ -434,3 +436,24 @@ class WorkerLink:
             "digest_synced": self._digest.synced,
             **{name: value for name, value in msgspec.to_builtins(row).items() if name not in ("worker", "healthy")},
         }
+
+    def figures(self) -> dict[str, object]:
+        """The part of it that metrics are made from."""
+        health, _ = self.standing()
+        healthy = self.row.healthy and health is Health.HEALTHY
+        return {"healthy": healthy, "state": str(health), "queued_requests": self.row.queued_requests}
+
+    def standing(self) -> tuple[Health, str]:
+        """Health as of now, and why."""
+        now_s = self.around.clock()
+        health, reason = self.health, self.reason
+        age_s = None if self._reported_s is None else now_s - self._reported_s
+        if self.left_s is not None:
+            health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
+        elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
+            probing = self.backoff.probe_s is not None
+            health = Health.BACKED_OFF
+            reason = "probing" if probing else f"{self.backoff.until_s - now_s:.1f} s left"
+        elif health is Health.HEALTHY and (age_s is None or age_s > SUSPECT_AFTER_S):
+            health, reason = Health.SUSPECT, "no load report" if age_s is None else f"load report {age_s:.1f} s old"
+        return health, reason

@@ -18,6 +18,7 @@ from disagg_plugin.kv.ring import SlotArena
 from disagg_plugin.kv.sender import ChunkDone, SendBroken, SendLink, StagedChunk
 from disagg_plugin.kv.transport import Transport, WriteHandle, WriteState
 from disagg_plugin.kv.wire import Bytes, Kind, Notification, seal
+from disagg_plugin.observability.buckets import CHUNK_SECONDS, CHUNK_WRITE, add_duration
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Posted:
     chunk: StagedChunk
     deadline_s: float
     handle: WriteHandle | None = None
+    since_s: float = 0.0  # the first attempt
     posted_s: float = 0.0
     wire_s: float = 0.0
     attempt: int = 0
@@ -93,7 +95,8 @@ class Poster:
         """Write a staged chunk; chunks over a link that has been replaced meanwhile are dropped."""
         if self._links.get(chunk.link.agent) is not chunk.link:
             return
-        posted = Posted(chunk, self._clock() + self._stall_timeout_s)
+        now = self._clock()
+        posted = Posted(chunk, now + self._stall_timeout_s, since_s=now)
         self._posted[chunk.link.agent, chunk.slot] = posted
         seal(self._memory(chunk))
         self._write(posted)
@@ -174,9 +177,11 @@ class Poster:
         self._wire_free_s[agent] = now
 
     def _finish(self, key: tuple[str, int], failure: str | None) -> None:
-        posted = self._posted.pop(key)
+        posted, now = self._posted.pop(key), self._clock()
         chunk = posted.chunk
-        self._emit(ChunkDone(chunk.link, chunk.slot, chunk.transfer_id, failure, self._clock(), posted.wire_s))
+        if failure is None:
+            add_duration(self._counters, CHUNK_WRITE, now - posted.since_s, CHUNK_SECONDS)
+        self._emit(ChunkDone(chunk.link, chunk.slot, chunk.transfer_id, failure, now, posted.wire_s))
 
     def _memory(self, chunk: StagedChunk) -> Bytes:
         return self._arena.array(chunk.link.region.slot(chunk.slot))[: chunk.nbytes]

@@ -31,6 +31,8 @@ from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
 from disagg_plugin.kv.wire import ChunkHeader, codec_names
+from disagg_plugin.observability.buckets import CHUNK_SCATTER, CHUNK_SECONDS, add_duration
+from disagg_plugin.observability.ranges import profile_range
 
 logger = logging.getLogger(__name__)
 
@@ -245,15 +247,17 @@ class Scatter:
         while self._next_section < len(sections):
             section = sections[self._next_section]
             layer, side = divmod(self._next_section, header.sides)
-            kv = self._codec.decode(
-                memory[section.offset : section.offset + section.nbytes],
-                section.codec,
-                heads=header.heads.count,
-                tokens=header.tokens,
-                wire_dtype=wire_dtype,
-                out=self._decode_buffer(header, section.codec),
-            )
-            self._sink.scatter(layer, side, state.command.block_ids, header.token_start, header.token_end, kv)
+            with profile_range("disagg decode"):
+                kv = self._codec.decode(
+                    memory[section.offset : section.offset + section.nbytes],
+                    section.codec,
+                    heads=header.heads.count,
+                    tokens=header.tokens,
+                    wire_dtype=wire_dtype,
+                    out=self._decode_buffer(header, section.codec),
+                )
+            with profile_range("disagg scatter"):
+                self._sink.scatter(layer, side, state.command.block_ids, header.token_start, header.token_end, kv)
             self._next_section += 1
             if self._next_section < len(sections) and self._clock() >= deadline:
                 return False
@@ -277,6 +281,7 @@ class Scatter:
         state.chunks += 1
         state.wire_bytes += chunk.nbytes
         state.codecs.update(header.codecs)
+        add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
         self._counters["chunks_received"] += 1
         self._counters["wire_bytes_received"] += chunk.nbytes
         self._counters["raw_bytes_received"] += self._raw_bytes(header.tokens)

@@ -37,6 +37,7 @@ from disagg_plugin.kv.wire import (
     tokens_per_slot,
     write_header,
 )
+from disagg_plugin.observability.ranges import profile_range
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,8 @@ class ChunkEncoder:
         planned = self._last_codecs.get(wanted, self._all_raw)
         for plan in (planned, self._all_raw):
             end = self._chunk_end(start, available, len(memory), plan)
-            codecs = self._encode_sections(block_ids, start, end, wanted, memory)
+            with profile_range("disagg encode"):
+                codecs = self._encode_sections(block_ids, start, end, wanted, memory)
             if codecs is not None:
                 self._last_codecs[wanted] = codecs
                 return end, codecs

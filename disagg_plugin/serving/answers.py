@@ -6,6 +6,7 @@ The exact types are asked for: a subclass could bring code of its own to the sch
 import math
 import re
 
+from disagg_policies.admission_snapshots import AdmissionSnapshot, Admitted, Refused
 from disagg_policies.snapshots import Codec, CodecChoices, Local, Offload, Placement, Snapshot
 
 CODECS = ("raw", "int8")
@@ -43,6 +44,28 @@ def wrong_with_codec(answer: object, _choices: CodecChoices) -> str:
         return f"a {type(answer).__name__} instead of a Codec"
     if answer.name not in CODECS:
         return f"codec {answer.name!r}, must be one of {', '.join(CODECS)}"
+    return _reason(answer.reason)
+
+
+def wrong_with_admission(answer: object, snapshot: AdmissionSnapshot) -> str:
+    """``Admitted`` with steps of the request's class, or ``Refused`` with whole seconds."""
+    if type(answer) is Refused:
+        if type(answer.retry_after_s) is not int or not 1 <= answer.retry_after_s <= 60:
+            return f"retry_after_s = {answer.retry_after_s!r}, must be a whole number from 1 to 60"
+        if type(answer.unavailable) is not bool:
+            return f"unavailable = {answer.unavailable!r}"
+    elif type(answer) is not Admitted:
+        return f"a {type(answer).__name__} instead of Admitted or Refused"
+    else:
+        known = snapshot.class_named(snapshot.request.service_class).degrade
+        if not isinstance(answer.steps, tuple) or any(step not in known for step in answer.steps):
+            return f"steps {answer.steps!r} are not a tuple of {', '.join(known) or 'nothing'}"
+    if type(answer.level) is not int or answer.level < 0:
+        return f"level = {answer.level!r}"
+    for name in ("ttft_s", "tpot_s"):
+        value = getattr(answer, name)
+        if value is not None and not _finite(value):
+            return f"{name} = {value!r}"
     return _reason(answer.reason)
 
 

@@ -110,6 +110,15 @@ class LatencyModel:
         """What an offload to ``worker`` costs beside queue, prefill and bytes."""
         return self._overhead_fit(worker).coefficients[0]
 
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Mean relative error of each model that has samples, by kind and worker (``here``: this engine)."""
+        kinds = {"prefill": self._prefills, "transfer": self._links, "overhead": self._overheads}
+        found = {
+            kind: {worker or "here": fit.error for worker, fit in dict(fits).items() if fit.samples}
+            for kind, fits in kinds.items()
+        }
+        return found | {"decode": {"here": self._decode.error} if self._decode.samples else {}}
+
     def snapshot(self) -> dict[str, object]:
         """The debug view: coefficients, samples, errors and the age of the newest sample, by kind and worker."""
         kinds = {

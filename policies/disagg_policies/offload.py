@@ -12,7 +12,7 @@ Reasons to stay, in the order in which they are looked at:
     deadline           the worker would be too late, this engine would not     (latency)
     local_faster       by the estimates                                        (latency)
 
-Reasons to go: ``over_threshold`` and ``remote_faster``.
+Reasons to go: ``over_threshold``, ``remote_faster``, and ``only_offload`` where admission degraded the request.
 """
 
 from collections.abc import Sequence
@@ -133,6 +133,8 @@ def latency(
     budget = decode.held_kv_budget_tokens
     if budget is not None and decode.held_kv_tokens and decode.held_kv_tokens + prompt.uncached_tokens > budget:
         return Local("kv_budget", local_s, remote_s, harm_s)
+    if prompt.only_offload:
+        return Offload(room, "only_offload", local_s, remote_s, harm_s)
     margin = hysteresis if _stayed(snapshot.previous, prompt) else 0.0
     if not remote_s < (local_s + decode_harm_weight * harm_s) * (1.0 - margin):
         return Local("local_faster", local_s, remote_s, harm_s)

@@ -101,6 +101,7 @@ class Prompt:
         lmcache_tokens: Prefix that LMCache holds for the decode engine, counted from token 0 as well.
         priority: As the engine counts; smaller is more urgent.
         deadline_s: Seconds from now until the first token is due, or None.
+        only_offload: Admission wants it to be prefilled elsewhere wherever that is possible, however slow.
     """
 
     request_id: str
@@ -109,6 +110,7 @@ class Prompt:
     lmcache_tokens: int = 0
     priority: int = 0
     deadline_s: float | None = None
+    only_offload: bool = False
 
     @property
     def held_tokens(self) -> int:

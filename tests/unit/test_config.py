@@ -366,7 +366,7 @@ def test_the_form_that_users_of_dynamo_know_is_read_as_it_stands() -> None:
 
 def test_what_is_accepted_and_has_no_effect_yet_is_said() -> None:
     sections = [line.split(": ")[1] for line in not_active_yet(load_settings(DYNAMO))]
-    assert sections == ["cache.reuse_prefix", "qos", "autoscale"]
+    assert sections == ["cache.reuse_prefix", "autoscale"]
     assert not_active_yet(DisaggSettings()) == []
 
 

@@ -9,6 +9,7 @@ from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.kv.commands import AddPeer
+from disagg_plugin.observability.journal import Journal
 from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 LONG = PromptView("r1", tuple(range(1_000)))
@@ -71,6 +72,7 @@ class Bench:
         self.now = 100.0
         self.port = FakePort()
         self.load = LoadTracker(lambda: self.now)
+        self.journal = Journal()
         self.side = DecodeSide(
             load_settings({"role": "decode", "policy": {"offload": "threshold"}, **settings}),
             self.port,
@@ -78,6 +80,7 @@ class Bench:
             kv_capacity_tokens=capacity_tokens,
             load=self.load,
             clock=lambda: self.now,
+            journal=self.journal,
         )
 
     def match(self, prompt: PromptView = LONG, cached: int = 0, free: int = ROOM) -> object:

@@ -118,6 +118,30 @@ def test_a_landed_request_is_not_offered_again_after_a_preemption() -> None:
     assert bench.match() == PrefillLocally("already_loaded")
 
 
+def test_the_end_of_a_prefill_is_recorded_also_after_its_last_chunk() -> None:
+    bench = Bench()
+    bench.loading()
+    bench.side.load_completed("r1")
+    bench.now += 0.5
+    bench.port.events.append(PrefillEnded(bench.transfer_id))
+    bench.side.step()
+    bench.side.finished("r1")
+    assert bench.side.recent[-1]["prefill_ended_s"] == bench.now
+
+
+def test_the_journal_hears_where_a_request_went_and_that_it_fell_back() -> None:
+    bench = Bench()
+    bench.loading()
+    assert bench.journal.take_notes()["r1"][0] == "offloaded"
+    bench.port.events.append(PrefillFailed(bench.transfer_id, "hold_expired"))
+    bench.side.step()
+    assert bench.journal.take_notes() == {"r1": ("fallback", None)}
+    bench.side.load_completed("r1")
+    bench.side.finished("r1")
+    ((role, row),) = bench.journal.take_transfers()
+    assert (role, row["failure"], row["given_up_s"]) == ("decode", "hold_expired", bench.now)
+
+
 @pytest.mark.parametrize(
     "trouble",
     [

@@ -262,3 +262,10 @@ def test_weights_that_cannot_be_read_name_the_setting_that_stands_in_for_them(co
         (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="model_revision_id"):
         weights_digest(tmp_path)
+
+
+def test_values_as_wide_as_keys_need_not_be_said() -> None:
+    """SGLang writes ``v_head_dim`` into every config that it loads, vLLM does not."""
+    config = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    assert model_facts({**config, "v_head_dim": 16}) == model_facts(config)
+    assert model_facts({**config, "v_head_dim": 32}) != model_facts(config)

@@ -95,6 +95,7 @@ def test_an_engine_that_never_prefilled_takes_itself_to_be_as_fast_as_its_worker
     bench.match()
     (row,) = bench.side.snapshot()["decision_log"]  # type: ignore[misc]
     assert row["local_ttft_s"] < 0.01, "not the 1,000 tokens/s of the prior"
+    assert bench.port.assumed == replace(fast, samples=0), "and so of a worker that has just restarted"
 
 
 def test_what_this_engine_measured_of_itself_is_what_it_assumes_of_others() -> None:

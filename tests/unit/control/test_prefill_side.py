@@ -98,6 +98,17 @@ def test_each_step_exports_what_it_computes_and_the_first_one_says_started() -> 
     assert bench.port.sent.count(("started", "d:1")) == 1
 
 
+def test_when_the_prefill_started_is_recorded_also_if_ready_came_before() -> None:
+    bench = Bench()
+    bench.arrive()
+    bench.ready()
+    bench.now += 0.5
+    bench.side.step()
+    bench.side.scheduled("r1", 512, [1, 2])
+    (open_,) = bench.side.snapshot()["open"]  # type: ignore[misc]
+    assert open_["started_s"] == bench.now
+
+
 def test_an_ended_request_keeps_its_blocks_until_the_ranks_release_them() -> None:
     bench = Bench()
     bench.arrive()

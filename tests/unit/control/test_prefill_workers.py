@@ -221,6 +221,26 @@ def test_the_codec_policy_is_not_asked_where_there_is_nothing_to_choose(transfer
     run(story, Bench(**transfer))
 
 
+def test_a_worker_that_once_took_long_is_not_avoided_for_ever() -> None:
+    """The first transfers wire the agents up; nobody would measure again what nobody uses."""
+
+    async def story(bench: Bench) -> None:
+        bench.meet()
+        bench.side.landed(A, wire_bytes=1_000, tokens=10)
+        bench.side.saw_overhead(A, seconds=2.5)
+        await bench.settle()
+        assert bench.row().overhead_s == pytest.approx(2.5)
+        bench.io.pass_s(100.0)
+        bench.meet()
+        assert bench.row().overhead_s < 0.01
+        bench.side.landed(A, wire_bytes=1_000, tokens=10)
+        bench.side.saw_overhead(A, seconds=2.5)
+        await bench.settle()
+        assert bench.row().overhead_s == pytest.approx(2.5)
+
+    run(story)
+
+
 def test_reports_from_an_earlier_process_are_not_believed() -> None:
     async def story(bench: Bench) -> None:
         client = bench.meet(epoch=2)

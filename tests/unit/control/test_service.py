@@ -35,6 +35,9 @@ FACTS = EngineFacts(
 PROMPT = PromptView("r1", tuple(range(1_000)), http_fields=(("cache_salt", "s"),))
 
 
+URGENT = PromptView("r1", tuple(range(1_000)), http_fields=(("cache_salt", "s"),), priority=-1)
+
+
 class HttpPrefill:
     """A stand-in for the prefill engine's HTTP API: records bodies, answers when told to."""
 
@@ -124,13 +127,13 @@ class Pair:
         links = self.d_service.decode
         return links is not None and bool(eligible(1_000, links.workers(), now_s=time.monotonic()))
 
-    def match(self) -> object:
-        return self.decode.match(PROMPT, 0, free_tokens=10_000)
+    def match(self, prompt: PromptView = PROMPT) -> object:
+        return self.decode.match(prompt, 0, free_tokens=10_000)
 
-    def offloading(self) -> bytes:
+    def offloading(self, prompt: PromptView = PROMPT) -> bytes:
         """Offer the prompt and wait until it arrived over HTTP; the transfer id in it."""
         eventually(self.met)
-        assert self.match() == NotYet()
+        assert self.match(prompt) == NotYet()
         assert self.http.arrived.wait(10)
         params = self.http.bodies[-1]["kv_transfer_params"]
         assert isinstance(params, dict)
@@ -335,3 +338,14 @@ def test_a_port_in_use_is_one_line_that_names_the_setting(http: HttpPrefill) -> 
         again = load_settings({"role": "prefill", "side_channel": {"port": pair.port}})
         with pytest.raises(ConfigError, match=r"side_channel\.port"):
             Pair.service(again, FACTS)
+
+
+@pytest.mark.parametrize(("by_priority", "sent"), [(True, -1), (False, None)])
+def test_a_priority_travels_to_a_worker_that_schedules_by_it(
+    http: HttpPrefill, by_priority: bool, sent: int | None
+) -> None:
+    """An engine that does not would refuse the request for the field alone."""
+    with running(Pair(http, replace(FACTS, by_priority=by_priority))) as pair:
+        pair.offloading(URGENT)
+        assert http.bodies[-1].get("priority") == sent
+        assert http.bodies[-1]["cache_salt"] == "s"

@@ -62,7 +62,12 @@ def entry_point(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 
 
 def test_without_settings_the_default_built_ins_decide() -> None:
-    assert names(PolicySettings()) == {"offload": ["latency"], "placement": ["score"], "codec": ["by_link"]}
+    assert names(PolicySettings()) == {
+        "offload": ["latency"],
+        "placement": ["score"],
+        "codec": ["by_link"],
+        "admission": ["projected"],
+    }
 
 
 def test_a_name_may_stand_alone_or_in_a_list() -> None:
@@ -93,6 +98,7 @@ def test_a_module_of_the_users_own_is_asked_first_for_what_it_implements(module:
         "offload": ["acme_policies", "threshold"],
         "placement": ["score"],
         "codec": ["by_link"],
+        "admission": ["projected"],
     }
 
 

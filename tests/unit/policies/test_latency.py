@@ -106,6 +106,21 @@ def situation(
             "remote_faster",
             id="one transfer is let in however long it is",
         ),
+        pytest.param(
+            situation(
+                prompt=replace(PROMPT, cached_tokens=512, only_offload=True), there=replace(THERE, overhead_s=9.0)
+            ),
+            "only_offload",
+            id="slower elsewhere, and wanted there by admission",
+        ),
+        pytest.param(
+            situation(
+                prompt=replace(PROMPT, only_offload=True),
+                here=replace(HERE, held_kv_tokens=100, held_kv_budget_tokens=2_000),
+            ),
+            "kv_budget",
+            id="wanted elsewhere, but too much KV is held for transfers",
+        ),
         pytest.param(situation(prompt=replace(PROMPT, cached_tokens=1_999)), "cached_enough", id="only the last token"),
         pytest.param(replace(situation(), placement=Placement((), "queue_full")), "queue_full", id="nobody has room"),
         pytest.param(

@@ -14,6 +14,8 @@ POLICIES = [
     "placement.round_robin",
     "placement.power_of_two",
     "codec.by_link",
+    "admission.projected",
+    "admission.current_queue",
 ]
 
 

@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from disagg_vllm.support import EngineFacts, engine_facts, local_only_reason, unsupported_engine, unsupported_reason
+from disagg_vllm.support import (
+    ROUTING_KEY,
+    EngineFacts,
+    engine_facts,
+    local_only_reason,
+    routing_of,
+    unsupported_engine,
+    unsupported_reason,
+)
 
 # torch's own, when vLLM imports its compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -166,6 +174,14 @@ def test_requests_that_token_ids_do_not_describe_stay():
     mixed = real_request(prompt_embeds=embeds, prompt_is_token_ids=[True, False, True])
     assert local_only_reason(mixed) == "prompt_embeds"
     assert local_only_reason(real_request(mm_features=[object()])) == "multimodal"
+
+
+def test_admission_may_keep_a_request_here_or_want_it_elsewhere():
+    never = real_request(sampling={"extra_args": {ROUTING_KEY: "never_offload"}})
+    only = real_request(sampling={"extra_args": {ROUTING_KEY: "only_offload"}})
+    assert local_only_reason(never) == "degraded"
+    assert (local_only_reason(only), routing_of(only)) == (None, "only_offload")
+    assert routing_of(real_request(sampling={"extra_args": {ROUTING_KEY: ["nonsense"]}})) is None
 
 
 def test_pooling_requests_stay():

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.identity import local_model_path
 from disagg_plugin.errors import ConfigError
-from disagg_vllm.identity import local_model_path, model_identity
+from disagg_vllm.identity import model_identity
 
 # torch's own, when vLLM imports its compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

@@ -1,0 +1,233 @@
+"""The prefill role in SGLang: the transfer backend's classes, behind which our tickets and data plane work.
+
+SGLang makes one manager a scheduler, one sender a request, and polls the senders:
+
+    poll() Bootstrapping     no decode engine has offered this room yet
+           WaitingForInput   its ticket is here: SGLang may compute the prompt
+           Transferring      everything is computed; pages are still being read
+           Success           nothing needs the pages any more: SGLang frees them and answers
+           Failed            the prompt was never asked for, or is another one
+
+What stock backends do with pages of the *receiver* (abort, acknowledge, release later) has no counterpart here: nobody
+but a decode engine's own scheduler thread writes to its pages.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sglang.srt.disaggregation.base.conn import (
+    BaseKVBootstrapServer,
+    BaseKVManager,
+    BaseKVSender,
+    KVArgs,
+    KVPoll,
+    KVTransferMetric,
+)
+
+from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.prefill_service import HeldPrompt, PrefillService
+from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.step_times import PromptWork
+from disagg_plugin.errors import TransferError
+from disagg_plugin.kv.commands import Command, RankReport
+from disagg_plugin.kv.dataplane import Completions
+
+logger = logging.getLogger(__name__)
+
+
+class PromptExport:
+    """All prompts that one prefill server computes for others; scheduler's thread."""
+
+    def __init__(
+        self,
+        prefill: PrefillSide,
+        service: PrefillService,
+        load: LoadTracker,
+        *,
+        pages_wait_s: float,
+        step: Callable[[], None],
+        kv_usage: Callable[[], float],
+    ) -> None:
+        self._prefill = prefill
+        self._service = service
+        self._load = load
+        self._kv_usage = kv_usage
+        self.offer_timeout_s = pages_wait_s
+        self.step = step
+        self._senders: dict[str, DisaggKVSender] = {}
+
+    def arrived(self, sender: "DisaggKVSender") -> None:
+        """A request came over HTTP; its offer may still be under way."""
+        self._senders[sender.rid] = sender
+        self._load.arrived(sender.rid, len(sender.prompt))
+        self._publish()
+
+    def ticket_of(self, sender: "DisaggKVSender") -> bool | None:
+        """True: offered; False: another prompt was; None: nothing yet."""
+        transfer_id = self._prefill.offered_in_room(sender.bootstrap_room)
+        if transfer_id is None:
+            return None
+        return self._prefill.new_request(sender.rid, transfer_id, len(sender.prompt), prompt=sender.prompt)
+
+    def batch_starts(self, works: Iterable[PromptWork]) -> None:
+        """A forward that computes these parts of prompts is about to be launched."""
+        for work in works:
+            if (sender := self._senders.get(work.request_id)) is not None:
+                self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
+        self._publish()
+
+    def computed(self, sender: "DisaggKVSender") -> None:
+        """More of the prompt stands in its pages; after the last of it SGLang must keep them while we read."""
+        self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
+        if sender.tokens >= len(sender.prompt):
+            self._service.holds(HeldPrompt(sender.prompt, sender.cache_salt))
+            sender.holding = self._prefill.finished(sender.rid, completed=True)
+        self.step()
+
+    def gone(self, sender: "DisaggKVSender") -> None:
+        """The request left the engine, however it ended."""
+        if self._senders.pop(sender.rid, None) is not None:
+            self._prefill.finished(sender.rid, completed=False)
+            self.step()  # its pages are SGLang's again after this call: nothing may read them any more
+            self._load.finished(sender.rid)
+            self._publish()
+
+    def commands(self) -> list[Command]:
+        """For the data plane; called once a turn."""
+        return self._prefill.step()
+
+    def cache_reset(self) -> None:
+        """The prefix cache is empty."""
+        self._service.cache_reset()
+
+    def ended(self, report: RankReport, done: Completions) -> None:
+        """What the data plane completed in this turn."""
+        self._prefill.reports((report,))
+        for rid in done.released:
+            self._prefill.released(rid)
+            if (sender := self._senders.get(rid)) is not None:
+                sender.holding = False
+
+    def _publish(self) -> None:
+        self._service.publish(self._load.load(), self._kv_usage())
+
+
+class DisaggKVManager(BaseKVManager):  # type: ignore[misc]  # SGLang is untyped to mypy here
+    """What SGLang asks a backend's manager for; the work is in :class:`PromptExport`."""
+
+    def __init__(
+        self, args: KVArgs, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False
+    ) -> None:
+        self.kv_args = args
+        self.export: PromptExport | None = None  # set once the scheduler is whole
+
+    def register_to_bootstrap(self) -> None:
+        """Decode engines find this server by their settings, never by what a request says."""
+
+
+class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped to mypy here
+    """One request of a prefill server.
+
+    Attributes:
+        pages, tokens: What stands in the pool so far, from the first token on.
+        holding: SGLang must not free the pages yet.
+    """
+
+    def __init__(
+        self,
+        mgr: DisaggKVManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ) -> None:
+        self.kv_mgr = mgr
+        self.bootstrap_room = bootstrap_room
+        self.rid = ""
+        self.prompt: list[int] = []
+        self.cache_salt = ""
+        self.pages: tuple[int, ...] = ()
+        self.tokens = 0
+        self.holding = False
+        self._offered = False
+        self._failure = ""
+        self._since_s = time.monotonic()
+        self._early_send_wait_event: Any = None  # SGLang sets it on CUDA: the cached prefix may still be being written
+
+    @property
+    def _export(self) -> PromptExport:
+        assert self.kv_mgr.export is not None, "a request before the scheduler was whole"
+        return self.kv_mgr.export
+
+    def bind(self, req: Any) -> None:
+        """SGLang's constructor call says nothing of the request itself."""
+        self.rid, self.prompt, self.cache_salt = req.rid, req.origin_input_ids.tolist(), req.cache_salt or ""
+        self._export.arrived(self)
+
+    def poll(self) -> int:
+        if self._failure:
+            return int(KVPoll.Failed)
+        if not self._offered:
+            return self._wait_for_offer()
+        if self.tokens < len(self.prompt):
+            return int(KVPoll.WaitingForInput)
+        return int(KVPoll.Transferring if self.holding else KVPoll.Success)
+
+    def _wait_for_offer(self) -> int:
+        match self._export.ticket_of(self):
+            case True:
+                self._offered = True
+                return int(KVPoll.WaitingForInput)
+            case False:
+                return self._fail("the prompt is not the offered one")
+        if time.monotonic() > self._since_s + self._export.offer_timeout_s:
+            return self._fail(f"no decode engine offered it within {self._export.offer_timeout_s:g} s")
+        return int(KVPoll.Bootstrapping)
+
+    def _fail(self, why: str) -> int:
+        self._failure = why
+        self._export.gone(self)
+        return int(KVPoll.Failed)
+
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        """Nothing: pages are counted as they come, and no metadata row is sent (the decode engine samples itself)."""
+
+    def send(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        state_indices: list[Any] | None = None,
+        num_kv_tokens: int | None = None,
+    ) -> None:
+        """SGLang computed ``num_kv_tokens`` more tokens; they stand in pages ``kv_indices``."""
+        if self._early_send_wait_event is not None:  # untested on a GPU
+            self._early_send_wait_event.wait()  # our gather, on this stream, comes after the writes
+            self._early_send_wait_event = None
+        self.pages += tuple(int(page) for page in kv_indices)
+        self.tokens += int(num_kv_tokens or 0)
+        self._export.computed(self)
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        return KVTransferMetric()
+
+    def failure_exception(self) -> None:
+        raise TransferError(self._failure or "aborted")
+
+    def clear(self) -> None:
+        self._export.gone(self)
+
+    def abort(self) -> None:
+        self._failure = self._failure or "aborted"
+        self._export.gone(self)
+
+
+class DisaggBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]  # SGLang is untyped to mypy here
+    """Serves nothing: its port is the number by which stock routers name this server; we have the side channel."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+
+
+CLASSES = {"manager": DisaggKVManager, "sender": DisaggKVSender, "bootstrap_server": DisaggBootstrapServer}

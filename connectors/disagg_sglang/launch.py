@@ -1,0 +1,105 @@
+"""Command line and argument resolution: what an SGLang server with our backend is started as, and what is refused.
+
+A decode server is started with ``--disaggregation-mode decode`` and *runs* as a plain engine, mode "null": see
+ARCHITECTURE.md, "SGLang". The raw arguments keep what the operator asked for, and ``role_of`` reads those.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from disagg_plugin.config import DisaggSettings, load_settings
+from disagg_plugin.errors import ConfigError
+from disagg_sglang import BACKEND
+
+CONFIG_FLAG = "--disagg-config"
+CONFIG_VARIABLE = "DISAGG_CONFIG"
+
+Role = Literal["prefill", "decode"]
+
+
+class _RememberConfig(argparse.Action):
+    """SGLang's arguments have no field of ours; its child processes inherit the environment."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        os.environ[CONFIG_VARIABLE] = str(values)
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Teach SGLang's parser ``--disagg-config``."""
+    parser.add_argument(
+        CONFIG_FLAG,
+        action=_RememberConfig,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help=f"Settings of --disaggregation-transfer-backend {BACKEND}; also environment variable {CONFIG_VARIABLE}.",
+    )
+
+
+def role_of(server_args: Any) -> Role | None:
+    """What the operator asked for; None if this server is none of ours."""
+    if server_args.disaggregation_transfer_backend != BACKEND:
+        return None
+    mode = server_args.disaggregation_mode
+    return mode if mode in ("prefill", "decode") else None
+
+
+def settings_for(role: Role) -> DisaggSettings:
+    """The settings file's content; the role is the command line's.
+
+    Raises:
+        ConfigError: One line that names file, field and value.
+    """
+    path = os.environ.get(CONFIG_VARIABLE)
+    overrides = {"role": role}
+    return load_settings(Path(path), overrides) if path else load_settings(overrides)
+
+
+def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Around SGLang's own step for PD arguments.
+
+    Raises:
+        ConfigError: Something of the command line or of the settings cannot be served with this backend.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    role = role_of(server_args)
+    if role is not None:
+        if problem := unsupported_arguments(role, resolving_view(server_args), os.environ):
+            raise ConfigError(f"--disaggregation-transfer-backend {BACKEND} does not support {problem}")
+        settings_for(role)  # a mistake in the file is said here, before a model is loaded
+        if role == "decode":
+            declare_resolution(server_args, BACKEND, disaggregation_mode="null")
+    previous(server_args)
+
+
+def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:
+    """The first argument that this backend cannot serve with, by its flag; None if there is none."""
+    checks = (
+        ("--tp-size above 1", args.tp_size > 1),
+        ("--pp-size above 1", args.pp_size > 1),
+        ("--dp-size above 1", args.dp_size > 1),
+        ("--dcp-size above 1", args.dcp_size > 1),
+        ("--attn-cp-size above 1", args.attn_cp_size > 1),
+        ("--nnodes above 1", args.nnodes > 1),
+        ("--tokenizer-worker-num above 1: its workers load no plugins", args.tokenizer_worker_num > 1),
+        ("SGLANG_RUST_SERVER: it loads no plugins", environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true")),
+        ("--speculative-algorithm", args.speculative_algorithm is not None),
+        ("--enable-hierarchical-cache", args.enable_hierarchical_cache),
+        ("--enable-hisparse", args.enable_hisparse),
+        ("--enable-lmcache: SGLang itself refuses it with --disaggregation-mode", args.enable_lmcache),
+        ("--enable-pd-role-switch", args.enable_pd_role_switch),
+        ("--disaggregation-enable-kv-checksum: chunks carry their own", args.disaggregation_enable_kv_checksum),
+        ("--optimistic-prefill-attempts", args.optimistic_prefill_attempts > 0),
+        ("--disable-radix-cache: transferred KV enters through it", role == "decode" and args.disable_radix_cache),
+        ("--encoder-only", args.encoder_only),
+    )
+    return next((what for what, holds in checks if holds), None)

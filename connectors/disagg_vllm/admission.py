@@ -1,0 +1,267 @@
+"""Admission in vLLM's API servers: how the gate gets in front of the engine, and to the point where it queues.
+
+    parse      cli_flags → prepare(namespace): middleware, scheduling policy, board       once, in the main process
+    request    EarlyRejection → AdmissionMiddleware → ... → AsyncLLM._add_request → exact
+    report     stats.on_engine_state → Gate.update
+
+``AsyncLLM._add_request`` is vLLM's private method: where it is not as expected, the first stage works alone, and a
+line says so once. It sees the prompt's token ids in the request's own task, right before they are queued.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from disagg_plugin.admission.admitter import Admitter
+from disagg_plugin.admission.board import Board, create_board
+from disagg_plugin.admission.classes import ClassBook
+from disagg_plugin.admission.engine_state import from_plain
+from disagg_plugin.admission.gate import Gate
+from disagg_plugin.admission.middleware import AdmissionMiddleware, App, Receive, Scope, Send, current_ticket
+from disagg_plugin.admission.prefix_memory import PrefixMemory
+from disagg_plugin.config import DisaggSettings
+from disagg_plugin.hookspecs import PolicyParameters
+from disagg_plugin.plugins import choose, load_plugins
+from disagg_vllm.settings import settings_of
+from disagg_vllm.support import ROUTING_KEY
+
+logger = logging.getLogger("vllm.disagg")
+
+MIDDLEWARE = "disagg_vllm.admission.EarlyRejection"
+BOARD_ENV = "DISAGG_ADMISSION_BOARD"
+_MARK = "_disagg_exact"
+_POLICY_FLAG = "--scheduling-policy"
+
+
+def prepare(namespace: Any, settings: DisaggSettings, args: Sequence[str]) -> None:
+    """Arrange for admission in what the command line was parsed to, if the settings ask for it; idempotent.
+
+    Args:
+        args: The command line, to tell a chosen scheduling policy from the default.
+
+    Raises:
+        ConfigError: An API key of the settings cannot be read.
+    """
+    if not settings.qos.enable_early_rejection or not hasattr(namespace, "middleware"):
+        return
+    ClassBook(settings.qos)
+    if _rust_frontend():
+        logger.warning(
+            "disagg: qos.enable_early_rejection has no effect: VLLM_USE_RUST_FRONTEND bypasses middlewares; "
+            "only vLLM's own --max-num-queued-reqs and --max-num-queued-tokens limit the queue"
+        )
+        return
+    if MIDDLEWARE not in (namespace.middleware or []):
+        namespace.middleware = [*(namespace.middleware or []), MIDDLEWARE]
+    if not any(argument.partition("=")[0].replace("_", "-") == _POLICY_FLAG for argument in args):
+        namespace.scheduling_policy = "priority"
+    if BOARD_ENV not in os.environ:
+        os.environ[BOARD_ENV] = str(_make_board())
+
+
+def make_gate(settings: DisaggSettings) -> Gate:
+    """The gate of one API server."""
+    qos = settings.qos
+    parameters = PolicyParameters(
+        prefill_queue_max=settings.split_policy.prefill_queue_max,
+        reject_on_slo_violation=qos.reject_on_slo_violation,
+        low_priority_threshold_s=None if qos.low_priority_threshold_ms is None else qos.low_priority_threshold_ms / 1e3,
+        degrade_from=qos.degrade_from,
+        degrade_hysteresis=qos.degrade_hysteresis,
+    )
+    chosen = choose(load_plugins(settings.policy), settings.policy).admission
+    admitter = Admitter(chosen, parameters, bound_s=settings.policy.hook_timeout_ms / 1e3)
+    return Gate(qos, admitter, accepts_transfers=settings.role != "decode")
+
+
+class EarlyRejection:
+    """vLLM's ``--middleware``: makes the gate with the first request, when the engine's client is there."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._guarded: App | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._guarded is None:
+            if scope["type"] != "http":
+                await self._app(scope, receive, send)
+                return
+            self._guarded = _guard(self._app, scope)
+        await self._guarded(scope, receive, send)
+
+
+def gate() -> Gate | None:
+    """This API server's gate, once it had a request; None in other processes."""
+    return _site.gate if _site is not None else None
+
+
+class _Site:
+    """What one API server has of this."""
+
+    def __init__(self, gate: Gate, board: Board | None, memory: PrefixMemory | None, *, by_priority: bool) -> None:
+        self.gate = gate
+        self.by_priority = by_priority
+        self.board = board
+        self.memory = memory
+
+    def heard(self, engine: int, state: Mapping[str, Any]) -> None:
+        """An engine's report came with its statistics."""
+        self.gate.update(from_plain(state), str(engine))
+        self.sync()
+
+    def sync(self) -> None:
+        if self.board is not None:
+            self.board.sync(self.gate, time.monotonic())
+
+
+_site: _Site | None = None
+
+
+def _guard(app: App, scope: Scope) -> App:
+    """The middleware proper, or the app as it is where the gate cannot be made: requests are served either way."""
+    global _site
+    try:
+        client = scope["app"].state.engine_client
+        config = client.vllm_config
+        if _site is None:
+            _site = _make_site(config)
+            _site.gate.has_exact = _site.gate.settings.exact_check and patch_add_request(type(client))
+    except Exception:
+        logger.exception("disagg: early rejection is not active: no gate can be made; every request is admitted")
+        return app
+    site = _site
+    if not site.by_priority:
+        logger.info("disagg: the engine does not schedule by priority: classes differ in what is refused only")
+    guarded = AdmissionMiddleware(app, site.gate, sets_priority=lambda: site.by_priority)
+
+    async def synced(scope: Scope, receive: Receive, send: Send) -> None:
+        site.sync()
+        await guarded(scope, receive, send)
+
+    return synced
+
+
+def _make_site(config: Any) -> _Site:
+    from disagg_plugin.observability.slo import SloTarget
+    from disagg_vllm.stats import frontend, on_engine_state
+
+    settings = settings_of(config.kv_transfer_config)
+    gate = make_gate(settings)
+    board = None
+    if getattr(config.parallel_config, "_api_process_count", 1) > 1:
+        board = Board(Path(os.environ[BOARD_ENV]))
+        gate.also_count(board.work)
+    memory = PrefixMemory() if config.cache_config.enable_prefix_caching else None
+    site = _Site(gate, board, memory, by_priority=config.scheduler_config.policy == "priority")
+    on_engine_state(site.heard)
+    if (figures := frontend()) is not None:
+        targets = {one.name: SloTarget(ttft_s=one.ttft_slo_s, tpot_s=one.tpot_slo_s) for one in gate.book.classes}
+        figures.configure_slo(
+            targets, default_class=settings.qos.default_class, objective=settings.observability.slo_objective
+        )
+        gate.observer = figures
+    logger.info(
+        "disagg: early rejection is active: policy %s, classes %s",
+        ", ".join(settings.policy.admission),
+        ", ".join(f"{one.name} (TTFT {one.ttft_slo_s:g} s)" for one in gate.book.classes),
+    )
+    return site
+
+
+# -- the second stage ----------------------------------------------------------------------------------------------
+
+
+def patch_add_request(client: Any) -> bool:
+    """Ask the gate again where the engine's client queues a request; whether this vLLM has that point."""
+    original = getattr(client, "_add_request", None)
+    if hasattr(original, _MARK):
+        return True
+    expected = ["self", "request", "prompt", "parent_req", "index", "queue"]
+    if not inspect.iscoroutinefunction(original) or list(inspect.signature(original).parameters) != expected:
+        logger.warning("disagg: this vLLM has no AsyncLLM._add_request as expected: requests are checked once, early")
+        return False
+
+    @functools.wraps(original)
+    async def add_request(self: Any, request: Any, prompt: Any, parent_req: Any, index: Any, queue: Any) -> Any:
+        if parent_req is None:
+            _check_exactly(request)
+        return await original(self, request, prompt, parent_req, index, queue)
+
+    setattr(add_request, _MARK, True)
+    client._add_request = add_request
+    return True
+
+
+def _check_exactly(request: Any) -> None:
+    """Let the request through, or raise what vLLM answers with; the middleware puts our answer in its place."""
+    ticket, site = current_ticket.get(), _site
+    token_ids = getattr(request, "prompt_token_ids", None)
+    if ticket is None or site is None or token_ids is None:
+        return
+    hashes: list[int] = []
+    cached_tokens = None
+    if site.memory is not None:
+        lora = request.lora_request.lora_name if request.lora_request is not None else ""
+        hashes = site.memory.hashes(token_ids, salt=request.cache_salt or "", lora=lora)
+        cached_tokens = site.memory.cached_tokens(hashes)
+        if site.board is not None:  # the rest of the conversation may have gone through another API server
+            cached_tokens = max(cached_tokens, ticket.route.cached_tokens(len(token_ids)))
+    refusal = site.gate.exact(ticket, request.request_id, len(token_ids), cached_tokens)
+    if refusal is not None:
+        raise _refused(refusal.answer.reason, unavailable=refusal.answer.unavailable)
+    if site.memory is not None:
+        if cached_tokens is not None:
+            ticket.route.saw_cached(len(token_ids), cached_tokens)
+        site.memory.remember(hashes, site.gate.kv_capacity_tokens() or 1 << 20)
+    if site.by_priority:
+        request.priority = ticket.service_class.priority
+    _classify(request, ticket.service_class.name)
+    if (routing := ticket.routing) is not None and request.sampling_params is not None:
+        extra = request.sampling_params.extra_args or {}
+        request.sampling_params.extra_args = {**extra, ROUTING_KEY: routing}
+
+
+def _classify(request: Any, service_class: str) -> None:
+    from disagg_vllm.stats import frontend
+
+    if (figures := frontend()) is not None:
+        figures.classify(str(getattr(request, "external_req_id", None) or request.request_id), service_class)
+
+
+def _refused(reason: str, *, unavailable: bool) -> Exception:
+    from vllm import exceptions
+
+    kind = getattr(exceptions, "GracefulHTTPError", None)
+    status = HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.TOO_MANY_REQUESTS
+    return kind(f"overloaded ({reason})", status) if kind is not None else ValueError(f"overloaded ({reason})")
+
+
+def _rust_frontend() -> bool:
+    import vllm.envs as envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
+
+
+def _make_board() -> Path:
+    """In shared memory where there is some; removed with the process that made it."""
+    import atexit
+
+    memory = Path("/dev/shm")
+    folder = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    path = folder / f"disagg-admission-{os.getpid()}-{os.urandom(4).hex()}"
+    create_board(path)
+    maker = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:  # forked children end as well
+            path.unlink(missing_ok=True)
+
+    atexit.register(remove)
+    return path

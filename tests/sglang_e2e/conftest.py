@@ -1,0 +1,157 @@
+"""Real SGLang servers, shared by all tests of the session: a prefill, a decode, and a stock one beside them.
+
+Three starts here, five in the whole suite (``test_2_faults`` restarts the prefill server, ``test_3_int8`` adds one).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engines import free_port, serving, sglang_command, sglang_env
+from models import tiny
+from sglang_e2e.client import Engine, at_once
+
+THRESHOLD = 24  # below every prompt that is to be offloaded, above the ones that are to stay
+PAGE = 16
+CHUNK_TOKENS = 256
+TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # tiny: layers × sides × heads × head_dim × float32
+
+TRANSFER = {
+    "codec": "raw",
+    "slot_bytes": 1 << 20,  # 255 tokens of the tiny model
+    "region_slots": 4,
+    "ring_max_bytes": 16 << 20,
+    "stall_timeout_s": 15.0,
+    "compile": False,
+    "guard_tokens": 256,
+}
+
+
+@dataclass
+class Plan:
+    """How one server is started; the same plan starts its replacement."""
+
+    name: str
+    port: int
+    mode: str | None = None
+    settings: dict[str, Any] | None = None
+    bootstrap_port: int = 0
+
+    def start(self, stack: ExitStack, folder: Path) -> Engine:
+        """Start the server; ``stack`` ends it."""
+        extra = ["--chunked-prefill-size", str(CHUNK_TOKENS)]
+        side_port = 0
+        if self.mode is not None and self.settings is not None:
+            config = folder / f"{self.name}.yaml"
+            config.write_text(yaml.safe_dump(self.settings))
+            extra += ["--disaggregation-transfer-backend", "disagg", "--disaggregation-mode", self.mode]
+            extra += ["--disagg-config", str(config)]
+            side_port = self.settings["side_channel"]["port"]
+        if self.bootstrap_port:
+            extra += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
+        url = f"http://127.0.0.1:{self.port}"
+        model = str(tiny())
+        process = stack.enter_context(
+            serving(
+                sglang_command(model, self.port, extra=extra),
+                f"{url}/health",
+                folder / f"{self.name}.log",
+                start_s=900,
+                env=sglang_env(),
+            )
+        )
+        engine = Engine(url, model, side_port, process.pid, self.bootstrap_port)
+        stack.callback(engine.http.close)
+        return engine
+
+
+@dataclass
+class Fleet:
+    """The servers of a session and what is needed to start more of them."""
+
+    prefill_plan: Plan
+    prefill: Engine
+    decode: Engine
+    stock: Engine
+    folder: Path
+    prefill_life: ExitStack
+    threads: list[str]
+
+    def restart_prefill(self) -> None:
+        """Start the prefill server again at the same address; it must have ended."""
+        self.prefill_life.close()
+        self.prefill = self.prefill_plan.start(self.prefill_life, self.folder)
+
+    def local(self, prompt: list[int], **more: Any) -> Any:
+        """What an SGLang without the plugin says."""
+        self.stock.flush()
+        return self.stock.generate(prompt, **more)
+
+
+def settings(side_port: int, **more: Any) -> dict[str, Any]:
+    """A settings file's content."""
+    return {
+        "side_channel": {"port": side_port},
+        "transfer": TRANSFER,
+        "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
+        "policy": {"offload": "threshold"},
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    p_port, p_side, p_bootstrap, d_port, d_side, s_port = (free_port() for _ in range(6))
+    p_plan = Plan("prefill", p_port, "prefill", settings(p_side), p_bootstrap)
+    worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
+    d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))
+    with ExitStack() as stack:
+        prefill_life = stack.enter_context(ExitStack())
+        lives = [(p_plan, prefill_life), (d_plan, stack.enter_context(ExitStack()))]
+        lives.append((Plan("stock", s_port), stack.enter_context(ExitStack())))
+        prefill, decode, stock = at_once([lambda p=p, s=s: p.start(s, folder) for p, s in lives])
+        decode.when(connected)
+        decode.generate(range(1_000, 1_600))  # the first transfer wires the NIXL agents up
+        decode.flush()
+        yield Fleet(p_plan, prefill, decode, stock, folder, prefill_life, our_threads(decode.snapshot()))
+
+
+def connected(view: dict[str, Any]) -> bool:
+    """Some prefill worker can be used."""
+    return any(worker["healthy"] for worker in view["prefill_workers"]["workers"].values())
+
+
+def our_threads(view: dict[str, Any]) -> list[str]:
+    """SGLang starts others as it goes."""
+    return [name for name in view["threads"] if name.startswith("disagg")]
+
+
+def is_quiet(view: dict[str, Any]) -> bool:
+    """Nothing open, held, or in use on this server; every page is free or evictable."""
+    free = view["kv"]["free_blocks"] == view["kv"]["total_blocks"] and not any(view.get("waiting", {}).values())
+    for role in ("decode", "prefill"):
+        if role in view:
+            side = view[role]
+            free = free and not side["open"] and not side["held_tokens"]
+            for counters in side["ranks"].values():
+                gauges = ("open_sends", "open_receives", "slots_in_use", "private_buffers_in_use")
+                free = free and not any(counters.get(gauge, 0) for gauge in gauges)
+    return bool(free)
+
+
+@pytest.fixture
+def pair(fleet: Fleet) -> Iterator[Fleet]:
+    """The fleet, caches empty; afterwards nothing may have leaked, and every health endpoint answers."""
+    fleet.decode.flush()
+    yield fleet
+    view = fleet.decode.when(is_quiet)
+    assert our_threads(view) == fleet.threads
+    assert view["decode"]["tracked_requests"] == 0
+    fleet.decode.flush()
+    for path in ("/health", "/health_generate"):
+        assert fleet.decode.http.get(f"{fleet.decode.url}{path}").status_code == 200

@@ -1,0 +1,131 @@
+"""Whatever happens to the prefill server or the client: right tokens in the same request, and nothing leaks.
+
+Ordered: later tests kill and replace servers.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+from sglang_e2e.client import Engine, Offloads, at_once, prompt_of, same_tokens
+from sglang_e2e.conftest import Fleet, connected, is_quiet
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+def signal_tree(engine: Engine, how: signal.Signals) -> None:
+    """Signal every process of a server that this session started."""
+    root = psutil.Process(engine.pid)
+    for process in [*root.children(recursive=True), root]:
+        os.kill(process.pid, how)
+
+
+@contextmanager
+def stopped(engine: Engine) -> Iterator[None]:
+    """A server that hangs for the body."""
+    signal_tree(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_tree(engine, signal.SIGCONT)
+
+
+def chunks_received(view: dict[str, Any]) -> int:
+    return sum(rank["chunks_received"] for rank in view["decode"]["ranks"].values())
+
+
+def abort_while(pair: Fleet, state: str, prompt: list[int]) -> None:
+    """Send a request, and abort it, as SGLang does when its client goes away, once it is in ``state``."""
+    with ThreadPoolExecutor(1) as pool:
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4}, "rid": f"abort-{state}"}
+        future = pool.submit(pair.decode.post, "/generate", **body)
+        pair.decode.when(lambda v: v["waiting"][state] > 0)
+        assert pair.decode.http.post(f"{pair.decode.url}/abort_request", json={"rid": body["rid"]}).status_code == 200
+        assert future.result(timeout=60)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(pair: Fleet) -> None:
+    counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
+    with stopped(pair.prefill):
+        abort_while(pair, "waiting", prompt_of(3_800, seed=28))
+    pair.decode.when(connected)
+    pair.prefill.when(is_quiet)
+    assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
+
+
+def test_a_request_that_is_aborted_while_its_pages_are_filled_leaves_nothing(pair: Fleet) -> None:
+    counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
+    abort_while(pair, "receiving", prompt_of(3_800, seed=29))
+    pair.prefill.when(is_quiet)
+    assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
+
+
+def test_a_prompt_that_the_prefill_server_gets_wrong_is_computed_here(pair: Fleet) -> None:
+    """A router that sends the two servers different prompts under one number: their KV must never meet."""
+    fields = {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.prefill.bootstrap_port, "bootstrap_room": 77}
+    ours, other = prompt_of(300, seed=20), prompt_of(300, seed=21)
+    counted = Offloads(pair.decode)
+
+    def mislead() -> int:
+        body = {"input_ids": other, "sampling_params": {"max_new_tokens": 1}, **fields}
+        return pair.prefill.http.post(f"{pair.prefill.url}/generate", json=body).status_code
+
+    status, got = at_once([mislead, lambda: pair.decode.generate(ours, **fields)])
+    assert status == 500
+    assert same_tokens(got, pair.local(ours))
+    assert (counted.totals()["landed"], counted.totals()["fallbacks"]) == (0, 1)
+
+
+def test_a_prefill_server_that_hangs_costs_seconds_and_no_token(pair: Fleet) -> None:
+    prompt = prompt_of(2_000, seed=30)
+    local = pair.local(prompt)
+    counted = Offloads(pair.decode)
+    with stopped(pair.prefill):
+        started = time.monotonic()
+        got = pair.decode.generate(prompt)
+        took_s = time.monotonic() - started
+    assert same_tokens(got, local)
+    assert took_s < 60
+    assert counted.totals()["fallbacks"] == 1
+    pair.decode.when(connected)
+    pair.prefill.when(is_quiet)
+
+
+def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land(pair: Fleet) -> None:
+    prompt = prompt_of(3_800, seed=31)
+    local = pair.local(prompt)
+    counted = Offloads(pair.decode)
+    before = chunks_received(pair.decode.snapshot())
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pair.decode.generate, prompt)
+        pair.decode.when(lambda v: chunks_received(v) > before + 2)
+        signal_tree(pair.prefill, signal.SIGKILL)
+        got = future.result(timeout=120)
+    assert same_tokens(got, local)
+    totals = counted.totals()
+    assert (totals["landed"], totals["fallbacks"]) == (0, 1)
+    assert 0 < got.cached_tokens < 3_799, "the prefix that had landed is kept"
+
+
+def test_with_a_dead_prefill_server_prompts_are_prefilled_here(pair: Fleet) -> None:
+    prompt = prompt_of(700, seed=32)
+    counted = Offloads(pair.decode)
+    got = pair.decode.generate(prompt)
+    assert same_tokens(got, pair.local(prompt))
+    assert counted.totals()["offered"] == 0
+
+
+def test_a_restarted_prefill_server_is_used_again(pair: Fleet) -> None:
+    pair.restart_prefill()
+    pair.decode.when(connected)
+    prompt = prompt_of(700, seed=33)
+    counted = Offloads(pair.decode)
+    got = pair.decode.generate(prompt)
+    assert counted.totals()["landed"] == 1
+    assert same_tokens(got, pair.local(prompt))

@@ -1,0 +1,79 @@
+"""The admin route: there only when asked for, guarded by the server's key, and in nobody else's way."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagg_plugin.config import DisaggSettings
+from disagg_vllm import admin_route
+from disagg_vllm.admin_route import MIDDLEWARE, AdminRoute, wanted_middleware
+
+
+def get(path: str, *, method: str = "GET", keys: list[str] | None = None, token: str = "") -> tuple[int, Any]:
+    """Status and JSON of one request; (0, None): it was passed on."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None: ...
+
+    async def receive() -> dict[str, Any]:
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": [(b"authorization", token.encode())] if token else [],
+        "app": SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(api_key=keys))),
+    }
+    asyncio.run(AdminRoute(app)(scope, receive, send))
+    return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else (0, None)
+
+
+@pytest.fixture(autouse=True)
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr(admin_route, "_frontend", lambda: SimpleNamespace(status=lambda: {"classes": {}}))
+
+
+def test_the_figures_are_served_as_json():
+    assert get("/disagg/status") == (200, {"classes": {}})
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/metrics", "/disagg", "/disagg/status/x"])
+def test_every_other_path_is_passed_on(path: str):
+    assert get(path) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("token", "status"),
+    [("", 401), ("Bearer wrong", 401), ("Basic secret", 401), ("Bearer secret", 200), ("bearer other", 200)],
+)
+def test_a_server_with_keys_asks_for_one(token: str, status: int):
+    assert get("/disagg/status", keys=["secret", "other"], token=token)[0] == status
+
+
+def test_a_key_from_the_environment_counts_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert get("/disagg/status")[0] == 401
+    assert get("/disagg/status", token="Bearer secret")[0] == 200
+
+
+def test_only_reading_is_possible():
+    assert get("/disagg/status", method="POST")[0] == 405
+
+
+def test_before_the_engine_there_are_no_figures(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(admin_route, "_frontend", lambda: None)
+    assert get("/disagg/status")[0] == 503
+
+
+def test_it_is_off_unless_the_user_turns_it_on():
+    assert wanted_middleware(DisaggSettings()) == ()
+    on = DisaggSettings.model_validate({"observability": {"admin_route": True}})
+    assert wanted_middleware(on) == (MIDDLEWARE,)
