@@ -1,9 +1,9 @@
 """Settings of prefix reuse: the engine's own cache first, then LMCache, then a prefill worker for the rest."""
 
-from typing import Literal
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from disagg_plugin.settings_base import SettingsSection
 
@@ -85,6 +85,15 @@ class LMCacheSettings(SettingsSection):
             if name in _UNSUPPORTED and value is not False:
                 raise ValueError(f"{name} is not supported: {_UNSUPPORTED[name]}")
         return extra
+
+    @model_validator(mode="after")
+    def _our_deadline_comes_first(self) -> Self:
+        if self.lookup_timeout_ms >= 1000 * self.request_timeout_s:
+            raise ValueError(
+                f"lookup_timeout_ms {self.lookup_timeout_ms:g} must be below request_timeout_s "
+                f"{self.request_timeout_s:g}: LMCache would give up first, and leave what it found locked"
+            )
+        return self
 
     @property
     def host_and_port(self) -> tuple[str, int]:

@@ -34,12 +34,12 @@ from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-LOOKUP_MS = 1500
+LOOKUP_MS = 3000
 DECODE_BLOCKS = 200  # 6,400 tokens
 
 
 def cache(server: LMCacheServer, **more: Any) -> dict[str, Any]:
-    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 1.5, "heartbeat_s": 5, **more}
+    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 10, "heartbeat_s": 5, **more}
     return {"reuse_prefix": True, "lmcache": lmcache}
 
 

@@ -374,13 +374,10 @@ def test_a_port_where_nobody_speaks_lmcache_is_an_unreachable_server(tmp_path: P
     config, caches = config_of(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        strict = LMCacheSettings(url=url, lookup_timeout_ms=100, request_timeout_s=0.5)
+        lenient = strict.model_copy(update={"on_unreachable": "warn"})
         with pytest.raises(ConfigError, match="no LMCache server at"):
-            create_child(config, KVConnectorRole.SCHEDULER, caches, LMCacheSettings(url=url, request_timeout_s=0.5))
-        child, problem = create_child(
-            config,
-            KVConnectorRole.SCHEDULER,
-            caches,
-            LMCacheSettings(url=url, request_timeout_s=0.5, on_unreachable="warn"),
-        )
+            create_child(config, KVConnectorRole.SCHEDULER, caches, strict)
+        child, problem = create_child(config, KVConnectorRole.SCHEDULER, caches, lenient)
     assert child is None
     assert "no LMCache server at" in problem

@@ -32,6 +32,11 @@ def listening() -> Iterator[str]:
         pytest.param(cache(extra={"chunk_size": 64}), "chunk_size: must begin with lmcache.mp.", id="not LMCache's"),
         pytest.param(cache(extra={"lmcache.mp.port": 1}), "lmcache.mp.port: set cache.lmcache.url", id="own field"),
         pytest.param(
+            cache(lookup_timeout_ms=3000, request_timeout_s=3),
+            "lookup_timeout_ms 3000 must be below request_timeout_s 3",
+            id="LMCache gives up first",
+        ),
+        pytest.param(
             cache(extra={"lmcache.mp.lazy_offload": True}), "lmcache.mp.lazy_offload is not supported", id="unsupported"
         ),
     ],
@@ -44,12 +49,12 @@ def test_a_mistake_is_one_line_with_what_to_do(values: dict[str, Any], line: str
 
 def test_lmcaches_connector_gets_the_address_our_deadlines_and_what_the_user_adds() -> None:
     extra = {"lmcache.mp.save_decode_cache": True, "lmcache.mp.lazy_offload": False}
-    settings = load_settings(cache(request_timeout_s=2, heartbeat_s=0.5, extra=extra)).cache.active_lmcache
+    settings = load_settings(cache(request_timeout_s=3, heartbeat_s=0.5, extra=extra)).cache.active_lmcache
     assert settings is not None
     assert settings.connector_extra_config == {
         "lmcache.mp.host": "tcp://127.0.0.1",
         "lmcache.mp.port": 5555,
-        "lmcache.mp.mq_timeout": 2.0,
+        "lmcache.mp.mq_timeout": 3.0,
         "lmcache.mp.heartbeat_interval": 0.5,
         **extra,
     }
