@@ -1,6 +1,6 @@
 """Prefill on one engine, decode on the other: do they say what the decode engine alone says?
 
-    .venv/bin/python benchmarks/cross_engine.py --json [--prompts 12] [--tokens 24]
+    .venv/bin/python benchmarks/cross_engine.py --json [--prompts 12] [--tokens 24] [--pairs NAME,...] [--codec int8]
 
 SmolLM2-135M in float32, raw KV, three pairs one after another: vLLM → SGLang, SGLang → vLLM, SGLang → SGLang. Each
 prompt is answered greedily twice by the decode engine: once offloaded, once prefilled by itself. ``top1_agreement`` is
@@ -40,14 +40,21 @@ def prompts_of(count: int) -> list[list[int]]:
     return [ids[at : at + PROMPT_TOKENS - 7 * number] for number, at in enumerate(range(0, count * stride, stride))]
 
 
-def measure(name: str, prompts: list[list[int]], tokens: int) -> dict[str, object]:
+def measure(name: str, prompts: list[list[int]], tokens: int, codec: str) -> dict[str, object]:
     """One pair, started and ended."""
     prefill_kind, decode_kind = PAIRS[name]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
         model = smollm2()
         prefill = start(
-            stack, folder, f"{name}-prefill", prefill_kind, model, role="prefill", core=0, max_model_len=1024
+            stack,
+            folder,
+            f"{name}-prefill",
+            prefill_kind,
+            model,
+            role="prefill",
+            max_model_len=1024,
+            transfer={"codec": codec, "guard_tokens": 256},
         )
         decode = start(
             stack,
@@ -59,8 +66,10 @@ def measure(name: str, prompts: list[list[int]], tokens: int) -> dict[str, objec
             workers=[prefill],
             core=1,
             max_model_len=1024,
+            transfer={"codec": codec, "guard_tokens": 256},
         )
         decode.wait_for_workers()
+        decode.generate(prompts[0], max_tokens=1)  # wires the NIXL agents up, and the guard measures the model's KV
         before = decode.landed()
         offloaded = [decode.generate(prompt, max_tokens=tokens, ignore_eos=True) for prompt in prompts]
         landed = decode.landed() - before
@@ -80,11 +89,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--codec", default="raw", choices=("raw", "int8", "int8c"))
     arguments = parser.parse_args()
     prompts = prompts_of(arguments.prompts)
     results = {}
     for name in arguments.pairs.split(","):
-        results[name] = measure(name, prompts, arguments.tokens)
+        results[name] = measure(name, prompts, arguments.tokens, arguments.codec)
         print(f"{name}: {results[name]}", flush=True)
     if arguments.json:
         print(json.dumps(results))

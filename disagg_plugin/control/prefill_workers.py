@@ -290,7 +290,9 @@ class PrefillWorkers:
 
     def _saw_overhead(self, name: str, seconds: float) -> None:
         if (link := self._links.get(name)) is not None:
-            self._latency.saw_overhead(name, seconds=seconds)
+            if link.wired:
+                self._latency.saw_overhead(name, seconds=seconds)
+            link.wired = True
             self._refresh(link)
 
     def _failed(self, name: str, reason: str) -> None:

@@ -11,6 +11,7 @@ MOST_TOKENS = 1 << 40
 SLOWEST_TOKENS_PER_S, FASTEST_TOKENS_PER_S = 1e-3, 1e9
 LONGEST_S = 1e4  # of a prefill model's fixed part; more is a broken clock
 
+ENOUGH_SAMPLES = 5  # until then a fit is one number, and its first samples are a cold process's
 UNKNOWN_SPEED = PrefillModel()
 
 
@@ -44,8 +45,11 @@ class ReceivedLoad:
         )
 
     def assuming(self, prefill: PrefillModel | None) -> "ReceivedLoad":
-        """With somebody's model in place of one that rests on nothing; queues then drain at that speed too."""
-        if prefill is None or self.prefill.samples or prefill.per_token_s <= 0:
+        """With somebody's model in place of one that rests on next to nothing; queues then drain at that speed too.
+
+        A process's first prefills are slow, and a worker that is judged by them is never asked again.
+        """
+        if prefill is None or self.prefill.samples >= ENOUGH_SAMPLES or prefill.per_token_s <= 0:
             return self
         return replace(self, prefill=replace(prefill, samples=0), prefill_tokens_per_s=1 / prefill.per_token_s)
 

@@ -118,6 +118,7 @@ class WorkerLink:
     codec: str = field(init=False)
     backoff: Backoff = Backoff()  # noqa: RUF009 - frozen
     probe: bytes = b""  # transfer id
+    wired: bool = False  # the data plane's agents have met: the first transfer takes much longer than any other
     _epoch: int = 0  # of the process that was welcome last
     _heard_s: float = 0.0
     _load: ReceivedLoad = ReceivedLoad()  # noqa: RUF009 - frozen
@@ -243,7 +244,7 @@ class WorkerLink:
             self.around.emit(PeerLeft(self.name, "peer_restarted"))
         self.welcome, self.health, self.reason = welcome, Health.HEALTHY, ""
         if welcome.epoch != self._epoch:  # another process: what the one before did wrong does not count
-            self._epoch, self.backoff, self.probe = welcome.epoch, Backoff(), b""
+            self._epoch, self.backoff, self.probe, self.wired = welcome.epoch, Backoff(), b"", False
         self._choose_codec()
         logger.info("disagg: prefill worker %s is ready (epoch %d)", self.name, welcome.epoch)
         self.around.emit(

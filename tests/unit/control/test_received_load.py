@@ -58,3 +58,14 @@ def test_a_worker_that_has_measured_nothing_is_assumed_to_be_like_us() -> None:
     measured = ReceivedLoad().updated(GOOD)
     assert measured.assuming(ours) == measured
     assert fresh.assuming(None) == fresh
+
+
+def test_the_first_prefills_of_a_process_do_not_decide_whether_it_is_ever_asked_again() -> None:
+    """They are slow: kernels, page-ins. A worker that is taken for slow gets no prompt, and so no better figure."""
+    ours = PrefillModel(0.004, 5e-5, 1e-9, samples=300, error=0.05)
+    slow = PrefillSpeed(0.5, 1e-2, 1e-9, 4, 0.0)
+    cold = ReceivedLoad().updated(LoadReport(1, 0, 0, 0, 0.0, 100.0, slow))
+    assert cold.assuming(ours).prefill.per_token_s == 5e-5
+    slow_indeed = PrefillSpeed(0.5, 1e-2, 1e-9, 5, 0.0)
+    known = ReceivedLoad().updated(LoadReport(1, 0, 0, 0, 0.0, 100.0, slow_indeed))
+    assert known.assuming(ours).prefill.per_token_s == 1e-2
