@@ -9,7 +9,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
@@ -22,16 +22,16 @@ from disagg_plugin.kv.commands import Command, RankEndpoint
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
-from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
 from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
 from disagg_vllm.prefix_cache import can_look_up
+from disagg_vllm.prompts import held_prompt, prompt_view
 from disagg_vllm.scheduler_stats import SchedulerStats
 from disagg_vllm.stats import DisaggStats
-from disagg_vllm.support import local_only_reason, routing_of, unsupported_engine
+from disagg_vllm.support import unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -175,7 +175,7 @@ class SchedulerSide:
         if self._prefill is not None:
             transfer_id = transfer_id_of(request.kv_transfer_params)
             ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
-            if (prompt := _held_prompt(request)) is not None:
+            if (prompt := held_prompt(request)) is not None:
                 self._prompts[request.request_id] = prompt
         if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens)
@@ -229,17 +229,7 @@ class SchedulerSide:
 
     def _answer(self, request: "Request", cached_tokens: int, stored_tokens: int, decode: DecodeSide) -> Answer:
         """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
-        prompt = PromptView(
-            request_id=request.request_id,
-            token_ids=request.prompt_token_ids or (),
-            local_only=local_only_reason(request),
-            http_fields=_http_fields(request),
-            http_headers=tuple(self._spans.headers_of(request.request_id).items()),
-            cache_salt=request.cache_salt or "",
-            lora=request.lora_request.lora_name if request.lora_request is not None else "",
-            priority=request.priority,
-            only_offload=routing_of(request) == ONLY_OFFLOAD,
-        )
+        prompt = prompt_view(request, self._spans.headers_of(request.request_id))
         answer = decode.match(
             prompt,
             cached_tokens,
@@ -260,7 +250,8 @@ class SchedulerSide:
 
     def hit_sources(self, request: "Request", external_tokens: int) -> dict[CacheHitSource, int]:
         """Where an allocated request's external tokens come from, as vLLM counts them."""
-        stored_tokens = self.tier.hit_tokens(request.request_id) if self.tier is not None else 0
+        loads = self.tier.hit_tokens(request.request_id) if self.tier is not None else 0
+        stored_tokens = min(loads, external_tokens)
         split = {CacheHitSource.HOST: stored_tokens, CacheHitSource.P2P: external_tokens - stored_tokens}
         return {source: tokens for source, tokens in split.items() if tokens}
 
@@ -439,21 +430,3 @@ class SchedulerSide:
         if self._prefill is not None:
             view["prefill"] = self._prefill.snapshot()
         return view
-
-
-def _held_prompt(request: "Request") -> HeldPrompt | None:
-    """The prompt as both sides hash it, or None for one that is more than its token ids."""
-    if request.prompt_token_ids is None or request.mm_features:
-        return None
-    lora = request.lora_request.lora_name if request.lora_request is not None else ""
-    return HeldPrompt(request.prompt_token_ids, request.cache_salt or "", lora)
-
-
-def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:
-    """What must travel with the prompt: everything that shapes its KV, nothing that only shapes sampling."""
-    fields: list[tuple[str, object]] = []
-    if request.lora_request is not None:
-        fields.append(("model", request.lora_request.lora_name))
-    if request.cache_salt:
-        fields.append(("cache_salt", request.cache_salt))
-    return tuple(fields)
