@@ -35,5 +35,3 @@ def test_connector_core_and_commands_load_where_lmcache_cannot_be_imported() -> 
 @pytest.mark.parametrize("cache", [{}, {"reuse_prefix": True}, {"lmcache": {"url": "tcp://127.0.0.1:5555"}}])
 def test_it_takes_both_settings_to_switch_it_on(cache: dict[str, object]) -> None:
     assert DisaggSettings.model_validate({"cache": cache}).cache.active_lmcache is None
-
-
