@@ -56,9 +56,10 @@ def computed(client: Client, engines: list[str]) -> float:
 class Bench:
     """Starts the set-ups; every engine alike."""
 
-    def __init__(self, model: str, blocks: int) -> None:
+    def __init__(self, model: str, longest_tokens: int) -> None:
         self.model = model
-        self.flags = ["--num-gpu-blocks-override", str(blocks), "--max-model-len", "2048"]
+        blocks = longest_tokens // BLOCK + 8
+        self.flags = ["--num-gpu-blocks-override", str(blocks), "--max-model-len", str(longest_tokens + 2 * BLOCK)]
 
     @contextmanager
     def stock(self) -> Iterator[SetUp]:
@@ -172,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     model = str(models.smollm2() if options.model == "smollm2" else models.tiny())
     longest = FIRST_TOKENS + options.turns * (TURN_TOKENS + ANSWER_TOKENS)
-    bench = Bench(model, blocks=longest // BLOCK + 8)
+    bench = Bench(model, longest)
     set_ups: dict[str, Callable[[], Any]] = {
         name: getattr(bench, name) for name in options.only or ("stock", "stock_lmcache", "disagg", "disagg_lmcache")
     }

@@ -6,7 +6,8 @@ once. ``lmcache_child`` has the child itself.
 """
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,15 @@ class TierStep:
 class LMCacheScheduler:
     """The scheduler process's half. Silent (no request is shown to the child) until ``ready``."""
 
-    def __init__(self, child: Any, problem: str, settings: LMCacheSettings, *, block_size: int) -> None:
+    def __init__(
+        self,
+        child: Any,
+        problem: str,
+        settings: LMCacheSettings,
+        *,
+        block_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.child = Child(child, problem or "not started")
         self._start_problem = problem
         self._settings = settings
@@ -53,6 +62,7 @@ class LMCacheScheduler:
             block_size=block_size,
             lookup_timeout_s=settings.lookup_timeout_ms / 1e3,
             store_received=settings.store_received,
+            clock=clock,
         )
         self._shown: dict[str, ShownRequest] = {}
         self._promised: dict[str, tuple[int, int]] = {}  # tokens cached, and of LMCache
