@@ -61,6 +61,11 @@ class LMCacheServer:
         """End it; what it held in memory is lost."""
         self.life.close()
         self.life = ExitStack()
+        self.pid = 0
+
+    @property
+    def runs(self) -> bool:
+        return self.pid != 0
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.http_port}/status", timeout=20).json()

@@ -102,6 +102,7 @@ class LMCacheScheduler:
         cached_tokens, promised_tokens = self._promised.pop(request_id, (0, 0))
         store_tokens = min(promised_tokens, external_tokens)
         wire_tokens = external_tokens - store_tokens
+        self._ledger.totals.update(device_hit_tokens=cached_tokens, wire_tokens=wire_tokens)
         if self._ledger.allocated(request_id, store_tokens, wire_tokens):
             self.child.call("update_state_after_alloc", self._shown[request_id], blocks, store_tokens)
         if external_tokens:

@@ -124,12 +124,12 @@ class DecodeSide:
                 blame=transfer.state is not State.STARTED,
             )
             return self._stay(prompt, held_tokens, transfer.failure)
-        if transfer.state is not State.STARTED:
-            return NotYet()
         if transfer.prompt_tokens - 1 <= held_tokens:
             self._abandon(transfer, Event.ABORT, "cached_meanwhile")
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, held_tokens, transfer.failure)
+        if transfer.state is not State.STARTED:
+            return NotYet()
         return self._claim(transfer, held_tokens, free_tokens - (held_tokens - cached_tokens))
 
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:

@@ -128,9 +128,7 @@ class PrefixLedger:
         # a whole prompt is found less its last token, which the engine computes: the store counts it none the less
         entry.believed_tokens = held + (-held % self._block_size if held == entry.found_tokens else 0)
         entry.phase = Phase.LOADING if load_tokens + wire_tokens > 0 else Phase.SERVED
-        self.totals["device_hit_tokens"] += entry.cached_tokens
         self.totals["store_hit_tokens"] += load_tokens
-        self.totals["wire_tokens"] += wire_tokens
         return True
 
     def computed(self, request_id: str, before_tokens: int, after_tokens: int) -> int | None:

@@ -6,81 +6,26 @@ kill and replace servers. ``g`` is what D has in its own prefix cache, ``l`` wha
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
-from e2e.client import Answer, Engine, at_once, same_tokens
+from e2e.client import at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
 from e2e.offloads import prompt_of
+from e2e.reuse import Counted, Going, Reuse, cache, held_still
 from e2e.running import end_running_fleet
 from engines import EngineFailed, free_port
-from lmcache_servers import (
-    CHUNK,
-    GO,
-    STOP,
-    LMCacheServer,
-    holds_nothing_locked,
-    is_written,
-    prompt_tokens_by_source,
-)
+from lmcache_servers import CHUNK, GO, STOP, LMCacheServer, holds_nothing_locked, is_written
 from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-LOOKUP_MS = 3000
 DECODE_BLOCKS = 200  # 6,400 tokens
-
-
-def cache(server: LMCacheServer, **more: Any) -> dict[str, Any]:
-    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 10, "heartbeat_s": 5, **more}
-    return {"reuse_prefix": True, "lmcache": lmcache}
-
-
-@dataclass
-class Reuse:
-    """A prefill engine, a decode engine, and their servers."""
-
-    prefill: Engine
-    decode: Engine
-    store_p: LMCacheServer
-    store_d: LMCacheServer
-    folder: Path
-
-    def forget(self) -> None:
-        """Empty D's own prefix cache, and nothing else."""
-        self.decode.http.post(f"{self.decode.url}/reset_prefix_cache").raise_for_status()
-
-    def local(self, prompt: list[int], **params: Any) -> Answer:
-        """What an ordinary engine says: P, asked directly, under a salt that nobody else uses."""
-        return self.prefill.complete(prompt, cache_salt=f"local-{os.urandom(4).hex()}", **params)
-
-    def count(self) -> "Counted":
-        return Counted(self)
-
-
-class Counted:
-    """What D counted while a block of code ran."""
-
-    def __init__(self, reuse: Reuse) -> None:
-        self._reuse = reuse
-        self._before = self._read()
-
-    def _read(self) -> dict[str, float]:
-        view = self._reuse.decode.snapshot()
-        metrics = self._reuse.decode.http.get(f"{self._reuse.decode.url}/metrics").text
-        sources = {f"source_{name}": number for name, number in prompt_tokens_by_source(metrics).items()}
-        return {**view["decode"]["totals"], **view["lmcache"]["totals"], **sources}
-
-    def __call__(self, *names: str) -> tuple[float, ...]:
-        after = self._read()
-        return tuple(after.get(name, 0) - self._before.get(name, 0) for name in names)
+FORGETS = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +38,7 @@ def reuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reuse]:
         stack.callback(store_p.stop)
         stack.callback(store_d.stop)
         at_once([lambda: store_p.start(l2=folder / "l2"), lambda: store_d.start(l2=folder / "l2")])
-        p_plan = Plan("prefill", tiny(), p_port, 0, settings("prefill", p_side, cache=cache(store_p)))
+        p_plan = Plan("prefill", tiny(), p_port, 0, settings("prefill", p_side, cache=cache(store_p)), env=FORGETS)
         worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
         d_plan = Plan(
             "decode",
@@ -102,12 +47,21 @@ def reuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reuse]:
             1,
             settings("decode", d_side, prefill_workers=[worker], cache=cache(store_d)),
             extra=("--num-gpu-blocks-override", str(DECODE_BLOCKS)),
-            env={"VLLM_SERVER_DEV_MODE": "1"},  # for /reset_prefix_cache
+            env=FORGETS,
         )
         prefill, decode = at_once([lambda plan=plan: plan.start(stack, folder) for plan in (p_plan, d_plan)])
-        decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+        decode.when(has_a_worker)
         assert decode.snapshot()["lmcache"]["inactive_reason"] == ""
         yield Reuse(prefill, decode, store_p, store_d, folder)
+
+
+def is_open(state: str) -> Callable[[dict[str, Any]], bool]:
+    """A transfer of D is in this state."""
+    return lambda view: any(transfer["state"] == state for transfer in view["decode"]["open"])
+
+
+def has_a_worker(view: dict[str, Any]) -> bool:
+    return any(worker["healthy"] for worker in view["prefill_workers"]["workers"].values())
 
 
 @pytest.fixture
@@ -118,7 +72,8 @@ def shared(reuse: Reuse) -> Iterator[Reuse]:
         view = settle(engine)
         assert (view["lmcache"]["tracked_requests"], view["lmcache"]["unanswered_lookups"]) == (0, 0)
     assert reuse.decode.snapshot()["decode"]["tracked_requests"] == 0
-    reuse.store_d.when(holds_nothing_locked)
+    if reuse.store_d.runs:
+        reuse.store_d.when(holds_nothing_locked)
     reuse.store_p.when(holds_nothing_locked)
 
 
@@ -195,51 +150,17 @@ def test_a_prompt_that_lmcache_has_whole_asks_nobody(shared: Reuse) -> None:
     assert shared.decode.snapshot()["decode"]["decisions"]["prefix_held"] >= 1
 
 
-def processes(engine: Engine) -> list[psutil.Process]:
-    root = psutil.Process(engine.pid)
-    return [*root.children(recursive=True), root]
-
-
-def signal_all(engine: Engine, how: signal.Signals) -> None:
-    for process in processes(engine):
-        os.kill(process.pid, how)
-
-
-class Going:
-    """A request whose client goes away."""
-
-    def __init__(self, engine: Engine, prompt: list[int], salt: str) -> None:
-        self._client = httpx.Client(timeout=120)
-        self._pool = ThreadPoolExecutor(1)
-        body = {"model": engine.model, "prompt": prompt, "max_tokens": 4, "cache_salt": salt}
-        self._future = self._pool.submit(self._send, f"{engine.url}/v1/completions", body)
-
-    def _send(self, url: str, body: dict[str, Any]) -> None:
-        with suppress(httpx.HTTPError, RuntimeError, OSError):
-            self._client.post(url, json=body)
-
-    def goes_away(self) -> None:
-        self._client.close()
-        self._future.result(timeout=60)
-        self._pool.shutdown()
-
-
 @pytest.mark.parametrize("state", ["found", "loading"])
 def test_a_client_that_goes_away_leaves_no_lock_at_lmcache(shared: Reuse, state: str) -> None:
     prompt = prompt_of(3_000, seed=6)
     salt = f"gone-{state}"
     shared.decode.complete(prompt[:600], cache_salt=salt)
     shared.forget()
-    if state == "found":
-        signal_all(shared.prefill, STOP)  # nobody answers the offer
-    try:
+    with held_still(shared.prefill) if state == "found" else nullcontext():  # nobody answers the offer
         going = Going(shared.decode, prompt, salt)
-        wanted = ("offered",) if state == "found" else ("ready",)
-        shared.decode.when(lambda v: any(t["state"] in wanted for t in v["decode"]["open"]), every_s=0.02)
+        shared.decode.when(is_open("offered" if state == "found" else "ready"), every_s=0.02)
         going.goes_away()
-    finally:
-        signal_all(shared.prefill, GO)
-    shared.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+    shared.decode.when(has_a_worker)
 
 
 def test_when_the_worker_falls_silent_only_its_part_is_computed_again(shared: Reuse) -> None:
@@ -250,15 +171,12 @@ def test_when_the_worker_falls_silent_only_its_part_is_computed_again(shared: Re
     counted = shared.count()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(shared.decode.complete, prompt, cache_salt="silent")
-        shared.decode.when(lambda v: any(t["state"] == "ready" for t in v["decode"]["open"]), every_s=0.02)
-        signal_all(shared.prefill, STOP)
-        try:
+        shared.decode.when(is_open("ready"), every_s=0.02)
+        with held_still(shared.prefill):
             got = future.result(timeout=120)
-        finally:
-            signal_all(shared.prefill, GO)
     assert same_tokens(got, local)
     assert counted("store_hit_tokens", "failed_loads") == (960, 0)
-    shared.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+    shared.decode.when(has_a_worker)
 
 
 def test_preempted_requests_with_both_loads_say_what_they_would_have_said(shared: Reuse) -> None:
@@ -296,23 +214,44 @@ def test_a_server_that_does_not_answer_costs_its_deadline_and_its_late_answer_is
     assert counted("store_hit_tokens") == (0,)
 
 
-def test_a_server_that_is_killed_and_comes_back_empty_and_small_with_int8_behind_it(shared: Reuse) -> None:
+def test_a_server_that_dies_while_a_request_waits_for_both_loads_costs_its_tokens(shared: Reuse) -> None:
     prompt = prompt_of(1_300, seed=9)
     local = shared.local(prompt)
     shared.decode.complete(prompt[:700], cache_salt="killed")
     shared.forget()
-    os.killpg(shared.store_d.pid, signal.SIGKILL)
-    got = shared.decode.complete(prompt, cache_salt="killed")
+    counted = shared.count()
+    with ThreadPoolExecutor(1) as pool:
+        with held_still(shared.prefill):  # nobody answers the offer: LMCache has answered, and is not asked to load yet
+            future = pool.submit(shared.decode.complete, prompt, cache_salt="killed")
+            shared.decode.when(is_open("offered"), every_s=0.02)
+            os.killpg(shared.store_d.pid, signal.SIGKILL)
+        got = future.result(timeout=120)
     assert same_tokens(got, local)
+    assert counted("store_hit_tokens", "failed_loads") == (640, 1)
+    shared.decode.when(has_a_worker)
     shared.store_d.stop()
-    folder = shared.folder / "int8"
-    shared.store_d.start(l2=folder, serde="disagg_int8", l1_gb=0.02)  # 80 chunks
-    until_hit = prompt_of(300, seed=10)
+
+
+def test_the_worker_takes_a_prefix_from_its_own_lmcache_and_sends_it_on(shared: Reuse) -> None:
+    prompt = prompt_of(900, seed=12)
+    local = shared.prefill.complete(prompt, cache_salt="of P")
+    shared.store_p.when(is_written)
+    shared.forget(shared.prefill)
+    on_d, on_p = shared.count(), Counted(shared.prefill)
+    got = shared.decode.complete(prompt, cache_salt="of P")  # whose own server has died
+    assert on_d("store_hit_tokens", "wire_tokens", "landed") == (0, 899, 1)
+    assert on_p("store_hit_tokens", "source_host") == (896, 896)
+    assert same_tokens(got, local)
+
+
+def test_a_server_that_comes_back_empty_small_and_with_int8_behind_it_is_used_again(shared: Reuse) -> None:
+    shared.store_d.start(l2=shared.folder / "int8", serde="disagg_int8", l1_gb=0.02)  # 80 chunks
+    prompt = prompt_of(300, seed=10)
     for attempt in range(40):  # the engine notices the server's return by its heartbeat
-        shared.decode.complete(until_hit, cache_salt="again")
+        shared.decode.complete(prompt, cache_salt="again")
         shared.forget()
         counted = shared.count()
-        shared.decode.complete(until_hit, cache_salt="again")
+        shared.decode.complete(prompt, cache_salt="again")
         if counted("store_hit_tokens") == (256,):
             break
         assert attempt < 39, "no hits after the server came back"

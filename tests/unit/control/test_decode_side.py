@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.control.decode_bench import LONG, PEER, ROOM, Bench
 
-from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.events import (
     PeerJoined,
     PeerLeft,
@@ -279,3 +279,16 @@ def test_when_the_prefix_is_lost_the_transfer_behind_it_is_given_up_without_blam
     bench.side.load_completed("r1")
     bench.side.prefix_failed("r1")
     assert bench.match() == PrefillLocally("prefix_lost")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_worker_that_a_router_chose_is_told_at_once_that_nothing_is_needed_of_it(started: bool) -> None:
+    bench = Bench()
+    routed = replace(LONG, route=Route("p:1", 7))
+    assert bench.side.match(routed, 0, free_tokens=ROOM, lmcache_tokens=999) == NotYet()
+    if started:
+        bench.accepted()
+    answer = bench.side.match(routed, 0, free_tokens=ROOM, lmcache_tokens=999)
+    assert answer == PrefillLocally("cached_meanwhile")
+    assert bench.port.sent[-1] == ("cancel", "p:1" if started else "", "cached_meanwhile")
+    assert not any(event[0] == "ready" for event in bench.port.sent)
