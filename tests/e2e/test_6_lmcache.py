@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.client import at_once, same_tokens
+from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
 from e2e.offloads import prompt_of
+from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
 from e2e.reuse import Counted, Going, Reuse, cache, held_still
 from e2e.running import end_running_fleet
 from engines import EngineFailed, free_port
 from lmcache_servers import CHUNK, GO, STOP, LMCacheServer, holds_nothing_locked, is_written
-from models import tiny
+from models import smollm2, tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -286,36 +287,66 @@ def test_while_chunks_are_evicted_texts_stay_right(shared: Reuse) -> None:
         shared.forget()
 
 
-def test_another_model_finds_nothing_and_a_block_size_that_does_not_divide_the_chunk_is_a_clear_error(
-    shared: Reuse,
-) -> None:
-    prompt = prompt_of(600, seed=1)
+def test_a_block_size_that_does_not_divide_the_chunk_is_a_clear_error(shared: Reuse) -> None:
+    odd = settings("both", free_port(), cache=cache(shared.store_p))
+    plan = Plan("odd-blocks", tiny(), free_port(), 0, odd, extra=("--block-size", "48"))
+    with ExitStack() as stack, pytest.raises(EngineFailed):
+        plan.start(stack, shared.folder)
+    log = (shared.folder / "odd-blocks.log").read_text()
+    (line, *_) = [line for line in log.splitlines() if "ConfigError: cache.lmcache" in line]
+    assert f"chunk size {CHUNK}" in line
+    assert "--block-size is 48" in line
+
+
+@pytest.fixture(scope="module")
+def smol(reuse: Reuse) -> Iterator[tuple[Engine, LMCacheServer]]:
+    """SmolLM2 with a server of its own, whose second tier is the folder that D's writes to, as INT8."""
+    server = LMCacheServer("smol", reuse.folder)
     with ExitStack() as stack:
-        server = LMCacheServer("other", shared.folder)
         stack.callback(server.stop)
-        server.start(l2=shared.folder / "l2")
-        shared.store_p.when(is_written)
-        plan = Plan("other-model", tiny(seed=1), free_port(), 0, settings("both", free_port(), cache=cache(server)))
-        other = plan.start(stack, shared.folder)
-        other.complete(prompt, cache_salt="a")
-        totals = other.snapshot()["lmcache"]["totals"]
-        assert totals["lookups"] == 1
-        assert totals.get("store_hit_tokens", 0) == 0
-    with ExitStack() as stack:
+        server.start(l2=reuse.folder / "int8", serde="disagg_int8")
         plan = Plan(
-            "odd-blocks",
-            tiny(),
+            "smol",
+            smollm2(),
             free_port(),
             0,
-            settings("both", free_port(), cache=cache(shared.store_p)),
-            extra=("--block-size", "48"),
+            settings("both", free_port(), cache=cache(server)),
+            extra=("--max-logprobs", str(TOP), "--max-model-len", "1024"),
+            env=FORGETS,
         )
-        with pytest.raises(EngineFailed):
-            plan.start(stack, shared.folder)
-        log = (shared.folder / "odd-blocks.log").read_text()
-        (line, *_) = [line for line in log.splitlines() if "ConfigError: cache.lmcache" in line]
-        assert f"chunk size {CHUNK}" in line
-        assert "--block-size is 48" in line
+        yield plan.start(stack, reuse.folder), server
+
+
+def test_another_model_finds_nothing(shared: Reuse, smol: tuple[Engine, LMCacheServer]) -> None:
+    engine, _ = smol
+    shared.store_d.when(is_written)
+    counted = Counted(engine)
+    engine.complete(prompt_of(700, seed=11), cache_salt="int8")  # what D stored, and found again
+    assert counted("lookups", "store_hit_tokens") == (1, 0)
+
+
+def test_kv_that_was_int8_in_the_second_tier_predicts_what_kv_predicts(
+    shared: Reuse, smol: tuple[Engine, LMCacheServer], record_property: Any
+) -> None:
+    engine, server = smol
+    compared = []
+    for number, topic in enumerate(TOPICS):
+        ids = text_of(engine, topic, 4 * CHUNK + 101, seed=number)
+        engine.complete(ids[: 4 * CHUNK], max_tokens=1, cache_salt=f"int8-{number}")
+        server.when(is_written)
+        server.clear()
+        shared.forget(engine)
+        counted = Counted(engine)
+        compared += compare(
+            ids,
+            4 * CHUNK,
+            lambda prefix, salt=f"local-{number}": top_logprobs(engine, prefix, salt),
+            lambda prefix, salt=f"int8-{number}": top_logprobs(engine, prefix, salt),
+        )
+        assert counted("store_hit_tokens") == (4 * CHUNK,), "once; then it is in the engine's own prefix cache"
+    mean_kl, agreement = assert_predicts_the_same(compared)
+    record_property("mean_kl", mean_kl)
+    record_property("top1_agreement", agreement)
 
 
 def test_without_its_server_an_engine_does_not_start(tmp_path: Path) -> None:
