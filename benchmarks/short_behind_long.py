@@ -22,6 +22,7 @@ from typing import Any
 from real_pair import Client, fresh_prompt, start, start_disagg_pair, tiny_model
 
 LONG_TOKENS, SHORT_TOKENS = 2_000, 20
+ALONE = 30
 
 
 def burst(client: Client, url: str, options: argparse.Namespace) -> list[float]:
@@ -77,8 +78,13 @@ def main() -> None:
 def _measured(name: str, url: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
     client = Client(model)
     burst(client, url, options)  # warm-up
-    found = quantiles([seconds for _ in range(options.bursts) for seconds in burst(client, url, options)])
-    print(f"{name:9} short prompts: TTFT p50 {1e3 * found['p50_s']:.0f} ms, p99 {1e3 * found['p99_s']:.0f} ms")
+    found: dict[str, Any] = quantiles([s for _ in range(options.bursts) for s in burst(client, url, options)])
+    alone_s = [client.stream(url, fresh_prompt(SHORT_TOKENS), time.monotonic()).ttft_s for _ in range(ALONE)]
+    found["p50_vs_alone"] = found["p50_s"] / statistics.median(alone_s)
+    print(
+        f"{name:9} short prompts: TTFT p50 {1e3 * found['p50_s']:.0f} ms, p99 {1e3 * found['p99_s']:.0f} ms, "
+        f"p50 {found['p50_vs_alone']:.2f} x alone"
+    )
     return found
 
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -59,6 +60,17 @@ class Engine:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
         return text
+
+    @contextmanager
+    def decoding(self, prompt: Sequence[int], *, max_tokens: int = 3_000) -> Iterator[None]:
+        """Inside, a request decodes: its first token is here, and its last is far away. It is aborted at the end."""
+        body = {"model": self.model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0}
+        body |= {"stream": True, "ignore_eos": True}
+        with self.http.stream("POST", f"{self.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # held on to: an iterator that is collected closes the connection
+            while not next(lines).startswith("data: "):
+                pass
+            yield
 
     def chat(self, message: str, *, max_tokens: int = 16) -> str:
         """The reply to one chat message."""

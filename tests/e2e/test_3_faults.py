@@ -3,28 +3,20 @@
 Ordered: later tests kill and replace engines.
 """
 
-import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from e2e.client import Engine, same_tokens
+from e2e.client import same_tokens
 from e2e.conftest import Fleet, settings, settle
 from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
+from e2e.processes import end_tree, slowed
 from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
-
-
-def end_tree(engine: Engine, how: signal.Signals) -> None:
-    """Signal every process of an engine that this session started."""
-    root = psutil.Process(engine.pid)
-    for process in [*root.children(recursive=True), root]:
-        os.kill(process.pid, how)
 
 
 def chunks_received(view: dict[str, Any]) -> float:
@@ -35,7 +27,7 @@ def chunks_received(view: dict[str, Any]) -> float:
 @pytest.mark.parametrize("state", ["accepted", "streaming"])
 def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, state: str) -> None:
     prompt = prompt_of(3_500, seed=len(state))
-    with ThreadPoolExecutor(1) as pool:
+    with slowed(pair.prefill), ThreadPoolExecutor(1) as pool:
         with httpx.Client(timeout=60) as client:
             body = {"model": pair.decode.model, "prompt": prompt, "max_tokens": 4, "cache_salt": f"abort-{state}"}
 
@@ -62,7 +54,7 @@ def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet)
     local = pair.stock.complete(prompt, cache_salt="local")
     counted = Offloads(pair.decode)
     before = chunks_received(pair.decode.snapshot())
-    with ThreadPoolExecutor(1) as pool:
+    with slowed(pair.prefill), ThreadPoolExecutor(1) as pool:
         future = pool.submit(pair.decode.complete, prompt, cache_salt="dies")
         pair.decode.when(lambda v: chunks_received(v) > before, every_s=0.02)
         end_tree(pair.prefill, signal.SIGKILL)

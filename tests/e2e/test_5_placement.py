@@ -18,8 +18,8 @@ import pytest
 from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import Plan, settings, settle
 from e2e.offloads import prompt_of
+from e2e.processes import end_tree
 from e2e.running import end_running_fleet
-from e2e.test_3_faults import end_tree
 from engines import free_port
 from models import tiny
 from own_policy import install_own_policy
@@ -170,11 +170,8 @@ def test_an_own_policy_that_is_installed_decides_in_a_real_engine(trio: Trio, tm
     trio.decode.complete(prompt_of(900, seed=130), max_tokens=1)
     (row,) = trio.decode.snapshot()["decode"]["decision_log"]
     assert (row["reason"], row["decided_by"]) == ("decode_idle", "when_busy")
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(trio.decode.complete, prompt_of(30, seed=131), max_tokens=400)
-        trio.decode.when(lambda v: v["load"]["running_decodes"] > 0, every_s=0.02)
+    with trio.decode.decoding(prompt_of(30, seed=131)):
         trio.decode.complete(prompt_of(900, seed=132), max_tokens=1)
-        running.result()
     row = trio.decode.snapshot()["decode"]["decision_log"][-1]
     assert row["reason"] in ("remote_faster", "local_faster")
     assert row["decided_by"] == "latency"
