@@ -1,17 +1,17 @@
 """Two engines with an LMCache server each, and what the tests of prefix reuse do to them."""
 
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
-import psutil
 from e2e.client import Answer, Engine
+from e2e.processes import RUNS_S, end_tree
 from lmcache_servers import GO, STOP, LMCacheServer, prompt_tokens_by_source
 
 LOOKUP_MS = 3000
@@ -63,24 +63,29 @@ class Counted:
         return tuple(after.get(name, 0) - self._before.get(name, 0) for name in names)
 
 
-def processes(engine: Engine) -> list[psutil.Process]:
-    root = psutil.Process(engine.pid)
-    return [*root.children(recursive=True), root]
-
-
 @contextmanager
 def held_still(engine: Engine) -> Iterator[None]:
     """None of its processes runs meanwhile."""
-    signal_all(engine, STOP)
+    end_tree(engine, STOP)
     try:
         yield
     finally:
-        signal_all(engine, GO)
+        end_tree(engine, GO)
 
 
-def signal_all(engine: Engine, how: signal.Signals) -> None:
-    for process in processes(engine):
-        os.kill(process.pid, how)
+@contextmanager
+def held_still_at(engine: Engine, is_there: Callable[[], bool]) -> Iterator[None]:
+    """The engine gets short slices of time until ``is_there``; from then on none of its processes runs."""
+    with held_still(engine):
+        for _ in range(2_000):
+            if is_there():
+                break
+            end_tree(engine, GO)
+            Event().wait(RUNS_S)
+            end_tree(engine, STOP)
+        else:
+            raise AssertionError("it never came to that")
+        yield
 
 
 class Going:

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
 from e2e.offloads import prompt_of
 from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
-from e2e.reuse import Counted, Going, Reuse, cache, held_still
+from e2e.processes import slowed
+from e2e.reuse import Counted, Going, Reuse, cache, held_still, held_still_at
 from e2e.running import end_running_fleet
 from engines import EngineFailed, free_port
 from lmcache_servers import CHUNK, GO, STOP, LMCacheServer, holds_nothing_locked, is_written
@@ -157,7 +158,9 @@ def test_a_client_that_goes_away_leaves_no_lock_at_lmcache(shared: Reuse, state:
     salt = f"gone-{state}"
     shared.decode.complete(prompt[:600], cache_salt=salt)
     shared.forget()
-    with held_still(shared.prefill) if state == "found" else nullcontext():  # nobody answers the offer
+    with (
+        held_still(shared.prefill) if state == "found" else slowed(shared.prefill)
+    ):  # "found": nobody answers the offer
         going = Going(shared.decode, prompt, salt)
         shared.decode.when(is_open("offered" if state == "found" else "ready"), every_s=0.02)
         going.goes_away()
@@ -172,8 +175,7 @@ def test_when_the_worker_falls_silent_only_its_part_is_computed_again(shared: Re
     counted = shared.count()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(shared.decode.complete, prompt, cache_salt="silent")
-        shared.decode.when(is_open("ready"), every_s=0.02)
-        with held_still(shared.prefill):
+        with held_still_at(shared.prefill, lambda: is_open("ready")(shared.decode.snapshot())):
             got = future.result(timeout=120)
     assert same_tokens(got, local)
     assert counted("store_hit_tokens", "failed_loads") == (960, 0)
