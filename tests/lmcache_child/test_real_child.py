@@ -86,6 +86,7 @@ class PlayedEngine:
         self.free = list(range(1, BLOCKS))
         self.held: dict[str, Blocks] = {}
         self.number = 0
+        self.steps = 0
 
     def request(self, tokens: list[int], *, salt: str | None = None, lora: str = "") -> Request:
         self.number += 1
@@ -120,6 +121,7 @@ class PlayedEngine:
 
     def step(self, request: Request | None = None, new_tokens: int = 0, own: Completions | None = None) -> Completions:
         """One step of both halves, in which ``request`` computes so many tokens."""
+        self.steps += 1
         output = SchedulerOutput.make_empty()
         if request is not None:
             output.num_scheduled_tokens = {request.request_id: new_tokens}
@@ -318,10 +320,12 @@ def test_a_server_that_hangs_costs_the_deadline_and_its_late_answer_is_given_bac
     tokens = prompt(300, seed=8)
     engine.serve(tokens, seed=8)
     request = engine.request(tokens)
+    before = engine.steps
     os.kill(server.pid, signal.SIGSTOP)
     try:
         assert engine.looked_up(request) == 0
         assert engine.totals["lookup_timeout"] == 1
+        assert engine.steps - before >= 10, "the engine's steps go on while one request waits"
         engine.allocate(request, 0)
     finally:
         os.kill(server.pid, signal.SIGCONT)

@@ -122,7 +122,7 @@ class Played:
                 self.pair.scheduler.allocated(self.request, Blocks(*BLOCK_IDS), 0)
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(st.lists(ACTIONS, max_size=25))
 def test_the_engine_hears_once_of_each_load_and_nothing_is_left(actions: list[object]) -> None:
     played = Played()
