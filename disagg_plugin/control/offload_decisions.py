@@ -78,13 +78,14 @@ class OffloadDecisions:
         port.ask_for_codecs(lambda worker, choices: self._decider.choose_codec(worker, choices).name)
 
     def decide(
-        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int
+        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int, lmcache_tokens: int = 0
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
 
         Args:
             free_tokens: Room in the engine's KV cache.
             promised_tokens: KV that is held here for transfers, or will be.
+            lmcache_tokens: Prefix in LMCache, counted from token 0.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         workers = self._port.workers()
@@ -99,6 +100,7 @@ class OffloadDecisions:
                 prompt.request_id,
                 len(prompt.token_ids),
                 cached_tokens,
+                lmcache_tokens,
                 priority=prompt.priority,
                 only_offload=prompt.only_offload,
             ),
