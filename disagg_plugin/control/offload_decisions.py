@@ -84,6 +84,7 @@ class OffloadDecisions:
         *,
         free_tokens: int,
         promised_tokens: int,
+        lmcache_tokens: int = 0,
         without: Collection[str] = (),
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
@@ -91,6 +92,7 @@ class OffloadDecisions:
         Args:
             free_tokens: Room in the engine's KV cache.
             promised_tokens: KV that is held here for transfers, or will be.
+            lmcache_tokens: Prefix in LMCache, counted from token 0.
             without: Workers that are out of the question.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
@@ -111,6 +113,7 @@ class OffloadDecisions:
                 prompt.request_id,
                 len(prompt.token_ids),
                 cached_tokens,
+                lmcache_tokens,
                 priority=prompt.priority,
                 only_offload=prompt.only_offload,
             ),
