@@ -1,6 +1,11 @@
-"""``GET /disagg/status``: this API server's figures as JSON; an ASGI middleware, there only if the user asked for it.
+"""``/disagg/status`` and ``/disagg/drain``: an ASGI middleware, there only if the user asked for it.
 
-vLLM's own authentication guards its API paths only, so the route asks for the key itself where the server has one.
+    GET    /disagg/status    this API server's figures, as JSON
+    POST   /disagg/drain     new requests are refused with 503 from now on, by all API servers; those under way go on
+    DELETE /disagg/drain     they are taken again
+
+vLLM's own authentication guards its API paths only, so these routes ask for the key themselves where the server has
+one.
 """
 
 import json
@@ -13,7 +18,8 @@ from disagg_plugin.admission.gate import Gate
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.observability.frontend import Frontend
 
-PATH = "/disagg/status"
+STATUS, DRAIN = "/disagg/status", "/disagg/drain"
+METHODS = {STATUS: ("GET",), DRAIN: ("POST", "DELETE")}
 MIDDLEWARE = "disagg_vllm.admin_route.AdminRoute"
 
 Scope = MutableMapping[str, Any]
@@ -27,7 +33,7 @@ def wanted_middleware(settings: DisaggSettings) -> tuple[str, ...]:
 
 
 class AdminRoute:
-    """Answers its one path and passes everything else on."""
+    """Answers its two paths and passes everything else on."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -38,20 +44,35 @@ class AdminRoute:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) != PATH:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        if path not in METHODS:
             await self._app(scope, receive, send)
             return
-        status, body = _answer(scope)
+        status, body = _answer(scope, path)
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 
-def _answer(scope: Scope) -> tuple[int, dict[str, object]]:
-    if scope["method"] != "GET":
-        return 405, {"error": "GET only"}
+def _answer(scope: Scope, path: str) -> tuple[int, dict[str, object]]:
+    if scope["method"] not in METHODS[path]:
+        return 405, {"error": f"{path} takes {' and '.join(METHODS[path])} only"}
     if not _authorized(scope):
         return 401, {"error": "Unauthorized"}
+    return _drain(scope["method"] == "POST") if path == DRAIN else _status()
+
+
+def _drain(draining: bool) -> tuple[int, dict[str, object]]:
+    gate = _gate()
+    if gate is None:
+        return 503, {
+            "error": "nothing refuses requests here: qos.enable_early_rejection is off, or no request came yet"
+        }
+    gate.drain(draining)
+    return 200, {"draining": draining}
+
+
+def _status() -> tuple[int, dict[str, object]]:
     figures = _frontend()
     if figures is None:
         return 503, {"error": "the engine has not started yet"}

@@ -62,7 +62,7 @@ class SchedulerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
         self._looks_up = False
-        self._load = LoadTracker()
+        self._load = LoadTracker(by_priority=vllm_config.scheduler_config.policy == "priority")
         self._step = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
         self._cache_map: object = None  # vLLM's; a new one each time it empties its prefix cache
@@ -178,7 +178,7 @@ class SchedulerSide:
             if (prompt := held_prompt(request)) is not None:
                 self._prompts[request.request_id] = prompt
         if ours or self._decode is None:
-            self._load.arrived(request.request_id, prompt_tokens)
+            self._load.arrived(request.request_id, prompt_tokens, priority=request.priority)
         elif self._looks_up:
             self._decide_early(request)
         if self._prefill is not None:
@@ -382,6 +382,7 @@ class SchedulerSide:
             reorders=scheduler.policy == "priority",
             kv_capacity_tokens=self._capacity_tokens() or None,
             max_running=scheduler.max_num_seqs,
+            decode_stall_s=self._load.decode_stall_s,
         )
         return to_plain(state)
 

@@ -14,7 +14,7 @@ from disagg_plugin.serving.decision_record import DecisionRecord
 from disagg_plugin.serving.decisions import Decider
 from disagg_plugin.serving.latency import HERE
 from disagg_plugin.serving.prefix_hash import prefix_hashes
-from disagg_policies.estimates import remote_ttft_s
+from disagg_policies.estimates import queue_ahead_s, remote_ttft_s
 from disagg_policies.snapshots import DecodeState, Prompt
 
 DEFAULT_STEP_TOKENS = 2048
@@ -120,6 +120,8 @@ class OffloadDecisions:
         for index, worker in enumerate(seen.workers):
             if worker.worker == transfer.peer:
                 overlap = seen.overlap_tokens[index] if seen.overlap_tokens else 0
+                if queue_ahead_s(worker, seen.prompt.priority) > worker.prefill.seconds(tokens, 0):
+                    return  # how far off the queue's estimate was is no overhead: more urgent prompts overtake
                 expected_s = remote_ttft_s(seen, worker, overlap, chunk_tokens=self._step_tokens) - worker.overhead_s
                 decode = seen.decode
                 step_s = decode.decode.seconds(decode.running_decodes + 1, decode.decode_context_tokens)

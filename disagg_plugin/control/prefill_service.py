@@ -20,6 +20,7 @@ from disagg_plugin.control.events import (
 )
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import (
+    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
@@ -75,6 +76,7 @@ class _Awaited:
 
     until_s: float
     prompt_tokens: int
+    priority: int = 0
 
 
 class PrefillService:
@@ -271,7 +273,7 @@ class PrefillService:
         load = self._load
         eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
-        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens)
+        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens, offer.priority)
         self.counters["accepted"] += 1
         self._send(identity, Accepted(offer.transfer_id, eta_s))
         self._pacer.soon()
@@ -289,6 +291,12 @@ class PrefillService:
 
     def _awaited_tokens(self) -> int:
         return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])
+
+    def _by_priority(self, load: Load) -> tuple[tuple[int, int], ...]:
+        tokens = dict(load.by_priority)
+        for awaited in list(self._awaited.values()):
+            tokens[awaited.priority] = tokens.get(awaited.priority, 0) + awaited.prompt_tokens
+        return tuple(sorted(tokens.items()))
 
     # -- I/O thread: reports -----------------------------------------------------------------------------------
 
@@ -330,6 +338,7 @@ class PrefillService:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
             digest=part,
+            by_priority=self._by_priority(load) if PRIORITY in self._welcome.features else (),
         )
 
     def _leave(self, peer: _Peer, reason: str) -> None:
