@@ -22,6 +22,7 @@ from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
 from disagg_plugin.qos_settings import QosSettings
+from disagg_plugin.router_settings import RouterSettings
 from disagg_plugin.settings_base import SettingsSection
 from disagg_plugin.settings_file import merge, one_line, read_mapping
 
@@ -178,6 +179,11 @@ class TransferSettings(SettingsSection):
         default=0.5, gt=0, le=1, description="Decode: share of the KV cache that transfers under way may hold."
     )
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
+    shared_prefix_wait_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="Longest wait of a prompt for another one's transfer that brings most of what it needs; 0: none.",
+    )
     linger_s: float = Field(default=2.0, ge=0, description="Keep polling this long after the last transfer.")
 
     @model_validator(mode="after")
@@ -229,6 +235,7 @@ class DisaggSettings(SettingsSection):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    router: RouterSettings = Field(default=RouterSettings(), description="Requests that a router sends to P, then D.")
     observability: ObservabilitySettings = Field(
         default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
     )

@@ -116,7 +116,8 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         self.scheduler.update(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.finished(request, completed=request.status in COMPLETED), None
+        keeps_blocks = self.scheduler.finished(request, completed=request.status in COMPLETED)
+        return keeps_blocks, self.scheduler.hand_over(request, block_ids) if keeps_blocks else None
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.needs_steps

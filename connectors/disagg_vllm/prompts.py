@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from disagg_plugin.control.decode_port import PromptView
+from disagg_plugin.control.decode_port import PromptView, Route
 from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_vllm.support import local_only_reason, routing_of
@@ -12,18 +12,28 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def prompt_view(request: "Request", headers: Mapping[str, str]) -> PromptView:
-    """The decode role's view; ``headers`` go with the offload call."""
+def prompt_view(
+    request: "Request", headers: Mapping[str, str], *, local_only: str | None = None, route: Route | None = None
+) -> PromptView:
+    """The decode role's view.
+
+    Args:
+        headers: Go with the offload call.
+        local_only: Why it stays, where the request itself does not say so.
+        route: Where a router has had it prefilled.
+    """
     return PromptView(
         request_id=request.request_id,
         token_ids=request.prompt_token_ids or (),
-        local_only=local_only_reason(request),
+        local_only=local_only_reason(request) or local_only,
         http_fields=_http_fields(request),
         http_headers=tuple(headers.items()),
         cache_salt=request.cache_salt or "",
         lora=lora_of(request),
+        adapter=adapter_of(request),
         priority=request.priority,
         only_offload=routing_of(request) == ONLY_OFFLOAD,
+        route=route,
     )
 
 
@@ -37,6 +47,11 @@ def held_prompt(request: "Request") -> HeldPrompt | None:
 def lora_of(request: "Request") -> str:
     """The adapter's name, or an empty text."""
     return request.lora_request.lora_name if request.lora_request is not None else ""
+
+
+def adapter_of(request: "Request") -> str:
+    """Where the files of the request's LoRA adapter are; what is no folder of this machine cannot be compared."""
+    return str(request.lora_request.lora_path) if request.lora_request is not None else ""
 
 
 def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:

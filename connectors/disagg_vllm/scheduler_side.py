@@ -9,16 +9,19 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, Route
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.events import Held
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.router_flow import hand_over_params, handed_over, is_handed_over, wants_hold
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
+from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
@@ -28,8 +31,7 @@ from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
 from disagg_vllm.prefix_cache import can_look_up
-from disagg_vllm.prompts import held_prompt, prompt_view
-from disagg_vllm.scheduler_stats import SchedulerStats
+from disagg_vllm.prompts import adapter_of, held_prompt, prompt_view
 from disagg_vllm.stats import DisaggStats
 from disagg_vllm.support import unsupported_engine
 
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.disagg")
+
+MAX_SAID = 16  # hosts that requests may name and we complain about
 
 
 class SchedulerSide:
@@ -71,7 +75,7 @@ class SchedulerSide:
         self._prefill: PrefillSide | None = None
         self._journal = Journal()
         self._endpoints: tuple[RankEndpoint, ...] = ()
-        self.figures = SchedulerStats(
+        self.figures = EngineStats(
             settings,
             self._journal,
             self._figures,
@@ -80,6 +84,7 @@ class SchedulerSide:
         )
         self._spans = TransferSpans(active_tracer())
         self._journal.on_transfer_over(self._spans.transfer_over)
+        self._unknown_holders: set[str] = set()
         self._queue: EngineQueue | None = None
         if settings.qos.enable_early_rejection:
             self._queue, self.figures.engine_state = EngineQueue(), self._engine_state
@@ -174,9 +179,15 @@ class SchedulerSide:
         ours = False
         if self._prefill is not None:
             transfer_id = transfer_id_of(request.kv_transfer_params)
-            ours = transfer_id is not None and self._prefill.new_request(request.request_id, transfer_id, prompt_tokens)
+            ours = transfer_id is not None and self._prefill.new_request(
+                request.request_id, transfer_id, prompt_tokens, adapter=adapter_of(request)
+            )
             if (prompt := held_prompt(request)) is not None:
                 self._prompts[request.request_id] = prompt
+                if not ours and wants_hold(request.kv_transfer_params):
+                    held = Held(prompt.token_ids, (prompt.lora, prompt.salt), adapter_of(request))
+                    self._prefill.hold(request.request_id, held)
+                    ours = True
         if ours or self._decode is None:
             self._load.arrived(request.request_id, prompt_tokens, priority=request.priority)
         elif self._looks_up:
@@ -229,7 +240,11 @@ class SchedulerSide:
 
     def _answer(self, request: "Request", cached_tokens: int, stored_tokens: int, decode: DecodeSide) -> Answer:
         """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
-        prompt = prompt_view(request, self._spans.headers_of(request.request_id))
+        local_only, route = None, None
+        if is_handed_over(request.kv_transfer_params) and not decode.knows(request.request_id):
+            route = self._route_of(request)
+            local_only = "unknown_holder" if route is None else None
+        prompt = prompt_view(request, self._spans.headers_of(request.request_id), local_only=local_only, route=route)
         answer = decode.match(
             prompt,
             cached_tokens,
@@ -338,6 +353,23 @@ class SchedulerSide:
             self.tier.sent_by(request.request_id, store=store, wire=wire)
         return wire or store
 
+    def hand_over(self, request: "Request", block_ids: list[int]) -> dict[str, Any] | None:
+        """What a router's decode engine must be told to get the KV of a request that ended; None if it is not held."""
+        if self._prefill is None or self._service is None:
+            return None
+        transfer_id = self._prefill.held_as(request.request_id)
+        if transfer_id is None:
+            return None
+        return hand_over_params(
+            transfer_id,
+            engine=self._service.engine,
+            host=self._service.advertised_host,
+            port=self._service.port,
+            block_ids=block_ids,
+            tokens=request.num_prompt_tokens,
+            tensor_parallel=len(self._endpoints),
+        )
+
     @property
     def needs_steps(self) -> bool:
         late = self.tier is not None and self.tier.needs_steps
@@ -349,7 +381,8 @@ class SchedulerSide:
 
     def stats(self) -> DisaggStats | None:
         """What the API server should hear after this step."""
-        return self.figures.take(needs_steps=self.needs_steps)
+        deltas = self.figures.take(needs_steps=self.needs_steps)
+        return DisaggStats(deltas.data) if deltas is not None else None
 
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
@@ -387,6 +420,23 @@ class SchedulerSide:
         return to_plain(state)
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _route_of(self, request: "Request") -> Route | None:
+        """Where a router had the prompt prefilled; None, said once a host, if we must not or cannot go there."""
+        handed = handed_over(request.kv_transfer_params)
+        if handed is None or self._service is None or self._service.decode is None:
+            return None
+        worker = self._service.decode.holder(handed)
+        if worker is None:
+            if len(self._unknown_holders) < MAX_SAID and handed.host not in self._unknown_holders:
+                self._unknown_holders.add(handed.host)
+                logger.warning(
+                    "disagg: a request names %.80r:%d as its prefill engine, which is neither one of prefill_workers "
+                    "nor in router.allowed_hosts: its prompt is prefilled locally",
+                    *(handed.host, handed.port),
+                )
+            return None
+        return Route(worker, held=handed.transfer_id)
 
     def _other_model(self) -> list[str]:
         """A warning where the settings name another model than the engine serves."""

@@ -115,10 +115,12 @@ class WorkerLink:
     health: Health = Health.CONNECTING
     reason: str = ""
     left_s: float | None = None  # since when its name does not list it
+    welcomed: asyncio.Event = field(default_factory=asyncio.Event)
     answers: dict[bytes, asyncio.Future[Accepted | Refused]] = field(default_factory=dict)
     codec: str = field(init=False)
     backoff: Backoff = Backoff()  # noqa: RUF009 - frozen
     probe: bytes = b""  # transfer id
+    made_s: float = field(init=False)
     wired: bool = False  # the data plane's agents have met: the first transfer takes much longer than any other
     _epoch: int = 0  # of the process that was welcome last
     _heard_s: float = 0.0
@@ -131,6 +133,7 @@ class WorkerLink:
     _landed_s: float = 0.0  # when an offload did so last
 
     def __post_init__(self) -> None:
+        self.made_s = self.around.clock()
         self.codec = wire_codec(self.around.codec, self.address.host, self.hello.geometry.dtype)
         self.refresh()
 
@@ -182,6 +185,7 @@ class WorkerLink:
         """Nothing can be expected from it until it says Welcome again."""
         had = self.welcome is not None
         self.welcome, self.health, self.reason = None, health, problem
+        self.welcomed.clear()
         self._load, self._reported_s, self._digest = ReceivedLoad(), None, DigestFollower()
         self._offers.clear()
         self.around.index.forget(self.name)
@@ -246,6 +250,7 @@ class WorkerLink:
         self.welcome, self.health, self.reason = welcome, Health.HEALTHY, ""
         if welcome.epoch != self._epoch:  # another process: what the one before did wrong does not count
             self._epoch, self.backoff, self.probe, self.wired = welcome.epoch, Backoff(), b"", False
+        self.welcomed.set()
         self._choose_codec()
         logger.info("disagg: prefill worker %s is ready (epoch %d)", self.name, welcome.epoch)
         self.around.emit(
@@ -317,6 +322,11 @@ class WorkerLink:
             self.around.index.update(self.name, added=change.added, removed=change.removed)
 
     # -- offers ------------------------------------------------------------------------------------------------
+
+    @property
+    def forgotten_s(self) -> float:
+        """For how long nothing was heard from it."""
+        return self.around.clock() - max(self.made_s, self._heard_s)
 
     def may_ask(self) -> bool:
         """Whether a prompt may be offered to it now."""
@@ -390,7 +400,7 @@ class WorkerLink:
             per_token = wire_bytes_per_token(geometry, self.codec, ranks=len(self.hello.endpoints))
         self.row = WorkerState(
             worker=self.name,
-            healthy=self.may_ask(),
+            healthy=self.may_ask() and bool(self.address.url),
             queued_requests=load.queued_requests,
             max_prompt_tokens=welcome.max_prompt_tokens if welcome is not None else 0,
             queued_prefill_tokens=load.queued_prefill_tokens,
@@ -433,7 +443,7 @@ class WorkerLink:
         row = self.row
         return {
             "url": self.address.url,
-            "healthy": row.healthy and health is Health.HEALTHY,
+            "healthy": self.may_ask() and health is Health.HEALTHY,
             "state": str(health),
             "problem": reason,
             "epoch": self.welcome.epoch if self.welcome is not None else 0,
@@ -448,7 +458,7 @@ class WorkerLink:
     def figures(self) -> dict[str, object]:
         """The part of it that metrics are made from."""
         health, _ = self.standing()
-        healthy = self.row.healthy and health is Health.HEALTHY
+        healthy = self.may_ask() and health is Health.HEALTHY
         return {"healthy": healthy, "state": str(health), "queued_requests": self.row.queued_requests}
 
     def standing(self) -> tuple[Health, str]:

@@ -68,7 +68,7 @@ def test_a_claim_waits_for_room_instead_of_blocking_the_engine() -> None:
 def test_transfers_under_way_hold_at_most_their_share_of_the_cache() -> None:
     bench = Bench(capacity_tokens=3_000)
     bench.loading()
-    second = PromptView("r2", tuple(range(1_000)))
+    second = PromptView("r2", tuple(range(1_000, 2_000)))
     assert bench.match(second) == NotYet()
     bench.accepted()
     assert bench.match(second) == NotYet(), "999 held + 999 > half of 3,000"
