@@ -189,14 +189,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run's arrivals")
     parser.add_argument("--offload", default="threshold", help="offload policy of the decode engine")
-    parser.add_argument("--policies", nargs="+", default=["none", "projected", "current_queue"], help="none comes first")
+    parser.add_argument(
+        "--policies", nargs="+", default=["none", "projected", "current_queue"], help="none comes first"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     random.seed(6)
     model, known = str(tiny()), dict[str, Any]()
     for policy in arguments.policies:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-            own = settings(policy, arguments.offload, known.get("slo", {}))  # the prefill engine's, too: it orders by priority as well
+            own = settings(
+                policy, arguments.offload, known.get("slo", {})
+            )  # the prefill engine's, too: it orders by priority as well
             pair = start_disagg_pair(stack, Path(folder), model, decode=own, prefill=own)
             asyncio.run(measure(pair, model, policy, arguments.seconds, known))
         for run in {policy, *(["normal_load"] if policy == "projected" else [])}:
