@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from disagg_plugin.admission.gate import Refusal
-from disagg_plugin.admission.middleware import App, Receive, Scope, Send
+from disagg_plugin.admission.middleware import App, Receive, Scope, Send, current_ticket
 from disagg_plugin.api_process import ApiProcess
 from disagg_plugin.boundary import guarded
 from disagg_plugin.config import DisaggSettings
@@ -31,7 +31,7 @@ class ApiServer(ApiProcess):
         Raises:
             ValueError: It is refused; the middleware puts our answer in place of SGLang's.
         """
-        if prompt.input_ids is None:
+        if current_ticket.get() is None or prompt.input_ids is None:
             return
         answer = self.check(prompt.rid, prompt.input_ids, salt=prompt.cache_salt or "", lora=prompt.lora_id or "")
         if isinstance(answer, Refusal):
@@ -47,6 +47,8 @@ class ApiServer(ApiProcess):
     @guarded
     def measured(self, request_id: str, finished_reason: Mapping[str, Any], times: Any, tokens: int) -> None:
         """A request ended; SGLang measured it as ``times`` say."""
+        if not tokens and finished_reason.get("type") in _SERVED:
+            return  # of several samples: SGLang first asks for none of them, to have the prompt cached
         if finished_reason.get("type") in _SERVED:
             self.figures.finished(
                 request_id,
