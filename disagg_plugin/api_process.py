@@ -15,7 +15,7 @@ from disagg_plugin.admission.gate import Refusal, Ticket
 from disagg_plugin.admission.middleware import AdmissionMiddleware, App, current_ticket
 from disagg_plugin.admission.site import Site
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.observability.admin_route import StatusRoute
+from disagg_plugin.observability.admin_route import AdminPaths
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
 from disagg_plugin.observability.metrics import Kind, MetricSet, make_instrument
@@ -55,7 +55,7 @@ class ApiProcess:
         """The app with what the settings ask for in front of it."""
         site = self.site
         if self._settings.observability.admin_route:
-            app = StatusRoute(app, figures=lambda: self.figures, gate=lambda: site.gate if site is not None else None)
+            app = AdminPaths(app, figures=lambda: self.figures, gate=lambda: site.gate if site is not None else None)
         return AdmissionMiddleware(app, site.gate, sets_priority=lambda: site.by_priority) if site is not None else app
 
     def check(

@@ -17,10 +17,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from disagg_plugin.autoscale_settings import AutoscaleSettings
+from disagg_plugin.cache_settings import CacheSettings
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
 from disagg_plugin.qos_settings import QosSettings
+from disagg_plugin.router_settings import RouterSettings
 from disagg_plugin.settings_base import SettingsSection
 from disagg_plugin.settings_file import merge, one_line, read_mapping
 
@@ -177,6 +179,11 @@ class TransferSettings(SettingsSection):
         default=0.5, gt=0, le=1, description="Decode: share of the KV cache that transfers under way may hold."
     )
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
+    shared_prefix_wait_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="Longest wait of a prompt for another one's transfer that brings most of what it needs; 0: none.",
+    )
     linger_s: float = Field(default=2.0, ge=0, description="Keep polling this long after the last transfer.")
 
     @model_validator(mode="after")
@@ -212,15 +219,6 @@ class SplitPolicySettings(SettingsSection):
     )
 
 
-class CacheSettings(SettingsSection):
-    """Reuse of prefixes."""
-
-    reuse_prefix: bool = Field(default=False, description="Ask LMCache for prefixes that this engine does not hold.")
-    min_cache_hit_ratio: float | None = Field(
-        default=None, gt=0, le=1, description="A prompt of which at least this share is cached stays; null: no limit."
-    )
-
-
 class DisaggSettings(SettingsSection):
     """Everything; stands in a YAML or JSON file, or under ``kv_connector_extra_config`` (vLLM)."""
 
@@ -237,6 +235,7 @@ class DisaggSettings(SettingsSection):
     transfer: TransferSettings = Field(default=TransferSettings(), description="Chunks, slots, deadlines.")
     side_channel: SideChannelSettings = Field(default=SideChannelSettings(), description="Control channel.")
     nixl: NixlSettings = Field(default=NixlSettings(), description="Data channel.")
+    router: RouterSettings = Field(default=RouterSettings(), description="Requests that a router sends to P, then D.")
     observability: ObservabilitySettings = Field(
         default=ObservabilitySettings(), description="Metrics, SLO tracking, traces."
     )
@@ -307,6 +306,8 @@ def warnings(settings: DisaggSettings) -> list[str]:
         found.append(
             f"side_channel.insecure: whoever reaches {channel.host}:{channel.port} can take part; set keys_dir instead"
         )
+    if settings.cache.lmcache is not None and not settings.cache.reuse_prefix:
+        found.append("cache.lmcache without cache.reuse_prefix: LMCache is not used")
     if settings.role != "prefill":
         remote = [
             worker.url
@@ -331,8 +332,8 @@ def warnings(settings: DisaggSettings) -> list[str]:
 def not_active_yet(settings: DisaggSettings) -> list[str]:
     """What the settings say and this version does not do; one line each, to be shown by every start."""
     found = []
-    if settings.cache.reuse_prefix:
-        found.append("cache.reuse_prefix: prefixes are reused within the engine's own prefix cache only")
+    if settings.cache.reuse_prefix and settings.cache.lmcache is None:
+        found.append("cache.reuse_prefix: without cache.lmcache.url it is each engine's own prefix cache alone")
     if settings.autoscale.model_fields_set:
         found.append("autoscale: no advice is given")
     return [f"accepted, not active yet: {line}" for line in found]

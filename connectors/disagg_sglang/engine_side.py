@@ -77,7 +77,7 @@ class EngineSide:
         self._service = service = ControlService(settings, facts, snapshot=self._snapshot)
         service.start()
         atexit.register(self.close)
-        self._load = LoadTracker()
+        self._load = LoadTracker(by_priority=facts.by_priority)
         self._forwards = 0
         journal = Journal()
         self._queue = EngineQueue()

@@ -63,7 +63,10 @@ def settings_for(role: Role) -> DisaggSettings:
     """
     path = os.environ.get(CONFIG_VARIABLE)
     overrides = {"role": role}
-    return load_settings(Path(path), overrides) if path else load_settings(overrides)
+    settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
+    if settings.cache.active_lmcache is not None:
+        raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    return settings
 
 
 def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:

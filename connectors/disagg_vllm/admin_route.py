@@ -1,10 +1,10 @@
-"""``GET /disagg/status`` in vLLM's API servers; these guard their own paths only, so the route asks for the key."""
+"""The admin route in vLLM's API servers; these guard their own paths only, so the route asks for the key."""
 
 import os
 
 from disagg_plugin.admission.gate import Gate
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.observability.admin_route import App, Scope, StatusRoute
+from disagg_plugin.observability.admin_route import AdminPaths, App, Scope
 from disagg_plugin.observability.frontend import Frontend
 
 MIDDLEWARE = "disagg_vllm.admin_route.AdminRoute"
@@ -15,7 +15,7 @@ def wanted_middleware(settings: DisaggSettings) -> tuple[str, ...]:
     return (MIDDLEWARE,) if settings.observability.admin_route else ()
 
 
-class AdminRoute(StatusRoute):
+class AdminRoute(AdminPaths):
     """vLLM makes it by its name."""
 
     def __init__(self, app: App) -> None:

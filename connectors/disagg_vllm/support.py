@@ -1,11 +1,13 @@
 """What of a vLLM engine, and of a request to it, we can move. What is not supported is served locally."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from disagg_policies.admission_snapshots import NEVER_OFFLOAD, ONLY_OFFLOAD
 
+BEAM_REQUEST = re.compile(r"-beam-\d+(-[0-9a-f]+)?$")  # how vLLM names the one-token steps of a beam
 ROUTING_KEY = "disagg_routing"  # in a request's extra_args; set where it is queued
 
 
@@ -34,6 +36,8 @@ class EngineFacts:
     generates: bool = True
     dynamic_kv_scales: bool = False
     partial_prefill_layers: bool = False
+    sleeps: bool = False
+    weights_change: bool = False
 
 
 def unsupported_reason(facts: EngineFacts) -> str | None:
@@ -54,6 +58,8 @@ def unsupported_reason(facts: EngineFacts) -> str | None:
         (bool(facts.packed), f"the KV cache is packed ({facts.packed})"),
         (facts.dynamic_kv_scales, "the scales of its FP8 KV cache are computed at run time"),
         (facts.partial_prefill_layers, "kv_sharing_fast_prefill leaves layers of a prompt out"),
+        (facts.sleeps, "sleep mode is enabled: it takes the KV cache away under open transfers"),
+        (facts.weights_change, "weight_transfer_config is set: weights that change in place are no model's KV"),
         (facts.pipeline_parallel > 1, f"pipeline parallelism is {facts.pipeline_parallel}"),
         (facts.context_parallel > 1, f"context parallelism is {facts.context_parallel}"),
         (bool(facts.speculative_method), f"speculative decoding ({facts.speculative_method}) keeps KV of its own"),
@@ -91,6 +97,8 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
         generates=getattr(model, "runner_type", "generate") == "generate",
         dynamic_kv_scales=bool(getattr(cache, "calculate_kv_scales", False)),
         partial_prefill_layers=bool(getattr(cache, "kv_sharing_fast_prefill", False)),
+        sleeps=bool(getattr(model, "enable_sleep_mode", False)),
+        weights_change=getattr(vllm_config, "weight_transfer_config", None) is not None,
     )
 
 
@@ -101,6 +109,7 @@ def local_only_reason(request: Any) -> str | None:
         ("pooling", request.pooling_params is not None or sampling is None),
         ("prompt_embeds", request.prompt_embeds is not None or request.prompt_token_ids is None),
         ("multimodal", bool(request.mm_features)),
+        ("beam_search", BEAM_REQUEST.search(request.request_id) is not None),
         ("prompt_logprobs", sampling is not None and sampling.prompt_logprobs is not None),
         ("no_prefix_cache", bool(getattr(request, "skip_reading_prefix_cache", False))),
         ("streaming_input", bool(getattr(request, "resumable", False))),

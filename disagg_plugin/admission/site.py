@@ -38,7 +38,13 @@ def make_gate(settings: DisaggSettings) -> Gate:
     )
     chosen = choose(load_plugins(settings.policy), settings.policy).admission
     admitter = Admitter(chosen, parameters, bound_s=settings.policy.hook_timeout_ms / 1e3)
-    return Gate(qos, admitter, accepts_transfers=settings.role != "decode")
+    by_length = settings.role == "decode" and settings.policy.offload == ("threshold",)
+    return Gate(
+        qos,
+        admitter,
+        accepts_transfers=settings.role != "decode",
+        offload_above_tokens=settings.split_policy.prompt_length_threshold if by_length else None,
+    )
 
 
 class Site:

@@ -5,7 +5,7 @@ A user's mistake is one line on stderr and exit code 2, never a traceback.
 
 import typer
 
-from disagg_plugin.cli import config, decisions, keygen, policies, snapshot, status
+from disagg_plugin.cli import config, decisions, doctor, keygen, policies, snapshot, status
 
 app = typer.Typer(
     name="disagg",
@@ -14,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor.doctor)
 app.command()(keygen.keygen)
 app.command()(snapshot.snapshot)
 app.command()(status.status)

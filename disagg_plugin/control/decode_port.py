@@ -10,10 +10,15 @@ from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number."""
+    """Somebody else, a router, gives the prompt to ``worker`` and told us under which number.
+
+    Attributes:
+        held: The prompt was prefilled before we heard of it; its KV is held under this transfer id.
+    """
 
     worker: str
-    room: int
+    room: int = 0
+    held: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class PromptView:
         http_fields: What travels with the offload call besides the prompt (LoRA name, cache salt).
         http_headers: The trace context, for the offload call.
         cache_salt, lora: Prefixes under another of these share nothing.
+        adapter: Where the LoRA adapter's files are.
         priority: As the engine counts; smaller is more urgent. Travels to workers that schedule by it.
         only_offload: Wherever it can be offloaded, it is, however slow that is.
         route: Set where the decision was made, and the prompt is posted, elsewhere.
@@ -37,6 +43,7 @@ class PromptView:
     http_headers: tuple[tuple[str, str], ...] = ()
     cache_salt: str = ""
     lora: str = ""
+    adapter: str = ""
     priority: int = 0
     only_offload: bool = False
     route: Route | None = None
@@ -66,7 +73,12 @@ Answer = PrefillLocally | NotYet | Claim
 
 @dataclass(frozen=True, slots=True)
 class OfferCall:
-    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts."""
+    """An offload for the I/O thread: offer to ``workers`` in order, then ``post`` the prompt to who accepts.
+
+    Attributes:
+        adapter: Folder of the LoRA adapter; the worker compares its weights with those of its own.
+        held: The worker holds the KV already; it compares the prompt, and what it is ``under`` (adapter, cache salt).
+    """
 
     transfer_id: bytes
     nonce: int
@@ -77,6 +89,9 @@ class OfferCall:
     http_headers: tuple[tuple[str, str], ...] = ()
     priority: int = 0
     post: bool = True
+    held: bool = False
+    under: tuple[str, ...] = ()
+    adapter: str = ""
 
 
 class DecodePort(Protocol):

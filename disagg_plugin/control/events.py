@@ -3,6 +3,7 @@
 Each side drains its deque at its own pace; nobody waits for the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagg_plugin.kv.commands import AddPeer
@@ -55,6 +56,15 @@ class PrefillEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Prefill: a prompt computed for a router. ``under``: adapter's name, cache salt; ``adapter``: its folder."""
+
+    prompt: Sequence[int] = ()
+    under: tuple[str, ...] = ()
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TicketOffered:
     """Prefill: an offer was accepted; its HTTP request will come."""
 
@@ -64,7 +74,9 @@ class TicketOffered:
     prompt_tokens: int
     codec: str
     deadline_s: float
+    adapter: str = ""
     prompt_digest: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,21 @@ class TicketReady:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketRenewed:
+    """Prefill: the decode side still wants what is held for it."""
+
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChecked:
+    """Prefill: whether the adapter that computes this prompt is the decode side's."""
+
+    transfer_id: bytes
+    same: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TicketCancelled:
     """Prefill: the decode side gave up."""
 
@@ -85,4 +112,4 @@ class TicketCancelled:
 
 
 DecodeEvent = PeerJoined | PeerLeft | PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
-PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketCancelled
+PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketRenewed | TicketCancelled | AdapterChecked

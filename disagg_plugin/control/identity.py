@@ -52,7 +52,7 @@ _ADVICE = "set model_revision_id in the disagg config instead"
 
 def config_fingerprint(facts: Mapping[str, object]) -> str:
     """32 hex characters over ``facts``; the order of keys, and 10000 against 10000.0, make no difference."""
-    text = json.dumps(_canonical(facts), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plain_json(facts), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -107,7 +107,7 @@ def weights_digest(model_dir: Path, *, samples_per_tensor: int = 4) -> str:
         if not files:
             raise ConfigError(f"no weight files in {model_dir} to tell this model from another: {_ADVICE}")
         if files[0].suffix == ".safetensors":
-            return _safetensors_digest(files, samples_per_tensor)
+            return safetensors_digest(files, samples_per_tensor)
         return _plain_files_digest(files)
     except (OSError, ValueError) as error:
         raise ConfigError(f"weight files in {model_dir} cannot be read ({error}): {_ADVICE}") from error
@@ -143,14 +143,14 @@ class _Tensor(NamedTuple):
     end: int
 
 
-def _canonical(value: object) -> object:
+def plain_json(value: object) -> object:
     """``value`` as plain JSON: integral floats are integers, sets are sorted, what is left is text."""
     if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted((_canonical(item) for item in value), key=str)
+        return sorted((plain_json(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     return value if isinstance(value, (str, int)) or value is None else str(value)
@@ -231,7 +231,8 @@ def _choose_sampled(tensors: Iterable[_Tensor]) -> set[str]:
     return {name for _, name in sorted(turns)[:MAX_SAMPLED_TENSORS]}
 
 
-def _safetensors_digest(files: list[Path], samples_per_tensor: int) -> str:
+def safetensors_digest(files: list[Path], samples_per_tensor: int) -> str:
+    """Of names, dtypes, shapes and samples of all tensors, in the order of their names."""
     tensors = sorted(tensor for path in files for tensor in _read_header(path))
     sampled = _choose_sampled(tensors)
     digest = hashlib.sha256()

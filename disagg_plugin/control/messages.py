@@ -7,6 +7,7 @@
           ◀──────────────────────────────────── Accepted | Refused
           ◀──────────────────────────────────── Started      first chunk scheduled
     Ready ────────────────────────────────────▶  KV of [first_token, end_token) may be sent
+    Renew ────────────────────────────────────▶  KV that is held for us is still wanted
           ◀──────────────────────────────────── Sent         all of it has been acknowledged
     Cancel ◀──────────────────────────────────▶ Cancel       either side gives up
     Heartbeat ────────────────────────────────▶              answered only by Rejected, if we do not know the sender
@@ -28,6 +29,7 @@ from disagg_plugin.kv.geometry import KVGeometry
 
 PROTOCOL_VERSION = 1
 PRIORITY = "priority"  # feature of an engine that schedules by it: prompts may be sent with one
+HELD = "held"  # feature of an engine that keeps KV for a router: it understands offers of what it holds
 EngineKind = Literal["vllm", "sglang"]
 MAX_MESSAGE_BYTES = 4 << 20  # libzmq drops larger ones silently at the receiver: refused at the sender
 
@@ -107,6 +109,8 @@ class Offer(Message, frozen=True, tag="offer"):
         deadline_s: Seconds from now after which the decode side will not wait any more.
         codec: "raw", "int8" or "int8c": what the decode side wants on this link.
         prompt_digest: Of the prompt's token ids, or 0 where the transfer id alone, a secret, proves the prompt.
+        adapter: Digest of the LoRA adapter's weights, or empty: the prompt is for the model itself.
+        held: A router had the prompt prefilled; its KV is held under this transfer id.
     """
 
     transfer_id: bytes
@@ -117,6 +121,8 @@ class Offer(Message, frozen=True, tag="offer"):
     codec: str
     priority: int = 0
     prompt_digest: int = 0
+    adapter: str = ""
+    held: bool = False
 
 
 class Accepted(Message, frozen=True, tag="accepted"):
@@ -127,7 +133,8 @@ class Accepted(Message, frozen=True, tag="accepted"):
 
 
 class Refused(Message, frozen=True, tag="refused"):
-    """No; ``reason`` is a word for counters: queue_full, prompt_too_long, draining, unknown_peer, stale_epoch."""
+    """No; ``reason`` is a word for counters: queue_full, prompt_too_long, draining, unknown_peer, hold_expired,
+    prompt_differs."""
 
     transfer_id: bytes
     reason: str
@@ -145,6 +152,12 @@ class Ready(Message, frozen=True, tag="ready"):
     transfer_id: bytes
     first_token: int
     end_token: int
+
+
+class Renew(Message, frozen=True, tag="renew"):
+    """Go on holding the KV of these transfers: their requests still wait for room here."""
+
+    transfer_ids: tuple[bytes, ...]
 
 
 class Sent(Message, frozen=True, tag="sent"):
@@ -212,6 +225,7 @@ class LoadReport(Message, frozen=True, tag="load"):
         kv_usage: Used share of the KV cache, 0 to 1.
         prefill_tokens_per_s: Recent speed of steps that prefill.
         digest: A part of its prefix digest, if there is news; several parts are several reports.
+        by_priority: ``(priority, tokens)`` of what is queued, where the engine schedules by priority.
     """
 
     epoch: int
@@ -222,6 +236,7 @@ class LoadReport(Message, frozen=True, tag="load"):
     prefill_tokens_per_s: float
     prefill: PrefillSpeed | None = None
     digest: DigestPart | None = None
+    by_priority: tuple[tuple[int, int], ...] = ()
 
 
 class DigestRequest(Message, frozen=True, tag="digest?"):
@@ -247,6 +262,7 @@ AnyMessage = (
     | Refused
     | Started
     | Ready
+    | Renew
     | Sent
     | Cancel
     | Heartbeat

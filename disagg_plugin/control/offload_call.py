@@ -97,9 +97,17 @@ def transfer_id_in(room: int) -> bytes:
     return (room & ((1 << ROOM_BITS) - 1)).to_bytes(8, "big") + secrets.token_bytes(8)
 
 
-def prompt_digest(token_ids: Sequence[int]) -> int:
-    """Equal for equal prompts in every process; never 0, which means "not given"."""
-    return xxhash.xxh3_64_intdigest(array("q", token_ids).tobytes()) or 1
+def prompt_digest(token_ids: Sequence[int], *under: str) -> int:
+    """Equal for equal prompts in every process; never 0, which means "not given".
+
+    Args:
+        under: What else the KV depends on, or may be reached by: adapter, cache salt.
+    """
+    digest = xxhash.xxh3_64(array("q", token_ids).tobytes())
+    for text in under:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.intdigest() or 1
 
 
 def transfer_id_of(params: object) -> bytes | None:

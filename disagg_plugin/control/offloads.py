@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 import aiohttp
 
 from disagg_plugin.config import TransferSettings
+from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent, PrefillAccepted, PrefillEnded, PrefillFailed
-from disagg_plugin.control.messages import PRIORITY, Accepted, Cancel, Offer, Refused, Welcome
+from disagg_plugin.control.messages import HELD, PRIORITY, Accepted, Cancel, Offer, Refused, Renew, Welcome
 from disagg_plugin.control.offload_call import DIALECTS, post_prompt, prompt_digest
 from disagg_plugin.control.worker_link import WorkerLink
-from disagg_plugin.errors import PeerLost, PeerRefused
+from disagg_plugin.errors import ConfigError, PeerLost, PeerRefused
 
 THE_PROMPTS_FAULT = frozenset({"http_400", "http_413", "http_422"})  # says nothing about the worker
 
@@ -40,6 +41,8 @@ class Offloads:
         self._emit = emit
         self._counters = counters
         self._calls: dict[bytes, asyncio.Task[None]] = {}
+        self._held: dict[bytes, WorkerLink] = {}  # what a worker holds for requests that wait for room here
+        self._adapters = AdapterDigests()
         self._session: aiohttp.ClientSession | None = None
 
     def __len__(self) -> int:
@@ -63,13 +66,29 @@ class Offloads:
     def start(self, call: OfferCall) -> None:
         """Begin one; its worker's row counts the prompt from now on."""
         if (first := self._links.get(call.workers[0])) is not None:
-            first.offered(call.transfer_id, len(call.token_ids))
+            first.offered(call.transfer_id, len(call.token_ids), call.priority)
         task = asyncio.get_running_loop().create_task(self._offload(call))
         self._calls[call.transfer_id] = task
         task.add_done_callback(lambda _: self._ended(call))
 
+    def ready(self, transfer_id: bytes) -> None:
+        """There is room: the worker sends, and holds for no longer than that takes."""
+        self._held.pop(transfer_id, None)
+
+    def renew(self) -> None:
+        """Ask for more time for what is held; called every heartbeat interval."""
+        by_link: dict[str, list[bytes]] = {}
+        for transfer_id, link in list(self._held.items()):
+            if link.welcome is None:
+                del self._held[transfer_id]
+            else:
+                by_link.setdefault(link.name, []).append(transfer_id)
+        for name, transfer_ids in by_link.items():
+            self._links[name].send(Renew(tuple(transfer_ids)))
+
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         """The scheduler gives an offload up, in whatever state."""
+        self._held.pop(transfer_id, None)
         if (task := self._calls.get(transfer_id)) is not None:
             task.cancel(reason)  # closes the HTTP connection, which aborts the request there
         elif (link := self._links.get(peer)) is not None:
@@ -87,10 +106,15 @@ class Offloads:
         reason = "no_healthy_worker"
         for name in call.workers:
             link = self._links.get(name)
-            if link is None or not link.may_ask():
+            if link is not None and call.held:
+                reason = await self._ready_to_hand_over(link)
+                if reason:
+                    continue
+            elif link is None or not link.may_ask():
                 if link is not None and link.welcome is not None:
                     reason = "backed_off"
                 continue
+            assert link is not None
             try:
                 accepted, reason = await self._ask(link, call)
                 if accepted is not None:
@@ -107,11 +131,30 @@ class Offloads:
         elif call.post:
             self._emit(PrefillEnded(call.transfer_id))
 
+    async def _ready_to_hand_over(self, link: WorkerLink) -> str:
+        """A router may send us to a worker that we are only now connecting to; an empty text, or why it is of no use.
+
+        A back-off does not count here: the prompt is computed already.
+        """
+        try:
+            await asyncio.wait_for(link.welcomed.wait(), self._settings.offer_timeout_s)
+        except TimeoutError:
+            return "holder_unreachable"
+        return "" if link.welcome is not None and HELD in link.welcome.features else "holder_too_old"
+
     async def _ask(self, link: WorkerLink, call: OfferCall) -> tuple[Accepted | None, str]:
         """Offer the prompt; (Accepted, "") or (None, why not)."""
+        adapter = ""
+        if call.adapter:
+            try:
+                adapter = await asyncio.get_running_loop().run_in_executor(None, self._adapters.of, call.adapter)
+            except ConfigError as error:
+                logger.warning("disagg: prompts for this adapter are prefilled locally: %s", error)
+                link.undecided(call.transfer_id)
+                return None, "adapter_unreadable"
         answer: asyncio.Future[Accepted | Refused] = asyncio.get_running_loop().create_future()
         link.answers[call.transfer_id] = answer
-        link.offered(call.transfer_id, len(call.token_ids))
+        link.offered(call.transfer_id, len(call.token_ids), call.priority)
         link.asked(call.transfer_id)
         try:
             link.send(
@@ -123,7 +166,9 @@ class Offloads:
                     deadline_s=self._settings.deadline_s,
                     codec=link.codec,
                     priority=call.priority,
-                    prompt_digest=0 if call.post else prompt_digest(call.token_ids),
+                    prompt_digest=0 if call.post else prompt_digest(call.token_ids, *call.under),
+                    adapter=adapter,
+                    held=call.held,
                 )
             )
             message = await asyncio.wait_for(answer, self._settings.offer_timeout_s)
@@ -151,6 +196,8 @@ class Offloads:
         assert self._session is not None
         assert link.welcome is not None
         self._emit(PrefillAccepted(call.transfer_id, link.name, accepted.eta_s))
+        if call.held:
+            self._held[call.transfer_id] = link
         if not call.post:  # whoever routed the request posts it
             return ""
         dialect = DIALECTS[link.welcome.kind]

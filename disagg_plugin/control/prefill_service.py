@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.compatibility import Party, find_mismatch
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
+    AdapterChecked,
+    Held,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
     TicketCancelled,
     TicketOffered,
     TicketReady,
+    TicketRenewed,
 )
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import (
+    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
@@ -33,13 +38,16 @@ from disagg_plugin.control.messages import (
     Ready,
     Refused,
     Rejected,
+    Renew,
     Sent,
     Started,
     Welcome,
 )
+from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.prefix_digest import PrefixDigest
 from disagg_plugin.control.report_pacer import Later, ReportPacer
+from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
 from disagg_plugin.serving.prefix_index import MAX_CHUNKS
@@ -75,6 +83,7 @@ class _Awaited:
 
     until_s: float
     prompt_tokens: int
+    priority: int = 0
 
 
 class PrefillService:
@@ -111,6 +120,8 @@ class PrefillService:
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._awaited: dict[bytes, _Awaited] = {}
+        self._holds: dict[bytes, Held] = {}  # what a router will send somebody for
+        self._adapters = AdapterDigests()
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
@@ -157,6 +168,18 @@ class PrefillService:
         counted twice for a moment is harmless, one that is not counted lets too many in."""
         self._arrived.append(transfer_id)
 
+    def held(self, transfer_id: bytes, held: Held) -> None:
+        """KV is kept for whoever offers to take it; from here on, as the router sends them only after that."""
+        self._holds[transfer_id] = held
+
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        """Reads files, the first time; the answer comes as an event."""
+        self._post(self._check_adapter, transfer_id, folder, digest)
+
+    def hold_ended(self, transfer_id: bytes) -> None:
+        """Whoever comes now comes too late."""
+        self._holds.pop(transfer_id, None)
+
     def drain(self) -> Iterable[PrefillEvent]:
         while self._events:
             yield self._events.popleft()
@@ -179,6 +202,8 @@ class PrefillService:
                 self._offer(identity, peer, message)
             case Ready(transfer_id, first_token, end_token) if peer is not None:
                 self._events.append(TicketReady(transfer_id, first_token, end_token))
+            case Renew(transfer_ids) if peer is not None:
+                self._events.extend(map(TicketRenewed, transfer_ids))
             case Cancel(transfer_id, reason) if peer is not None:
                 self._awaited.pop(transfer_id, None)
                 self._events.append(TicketCancelled(transfer_id, reason))
@@ -265,13 +290,20 @@ class PrefillService:
                 prompt_tokens=offer.prompt_tokens,
                 codec=offer.codec,
                 deadline_s=offer.deadline_s,
+                adapter=offer.adapter,
                 prompt_digest=offer.prompt_digest,
+                held=offer.held,
             )
         )
+        if offer.held:
+            self._holds.pop(offer.transfer_id, None)
+            self.counters["accepted"] += 1
+            self._send(identity, Accepted(offer.transfer_id, 0.0))
+            return
         load = self._load
         eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
-        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens)
+        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens, offer.priority)
         self.counters["accepted"] += 1
         self._send(identity, Accepted(offer.transfer_id, eta_s))
         self._pacer.soon()
@@ -279,6 +311,12 @@ class PrefillService:
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
             return "unknown_peer"
+        if offer.held:
+            if (held := self._holds.get(offer.transfer_id)) is None:
+                return "hold_expired"
+            if prompt_digest(held.prompt, *held.under) != offer.prompt_digest:
+                return "prompt_differs"
+            return "" if self._is_adapter(held.adapter, offer.adapter) else "adapter_differs"
         if self._refuse_all:
             return self._refuse_all
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
@@ -287,8 +325,24 @@ class PrefillService:
             return "queue_full"
         return ""
 
+    def _check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        self._events.append(AdapterChecked(transfer_id, self._is_adapter(folder, digest)))
+
+    def _is_adapter(self, folder: str, digest: str) -> bool:
+        try:
+            return (self._adapters.of(folder) if folder else "") == digest
+        except ConfigError as error:
+            logger.warning("disagg: an adapter cannot be compared: %s", error)
+            return False
+
     def _awaited_tokens(self) -> int:
         return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])
+
+    def _by_priority(self, load: Load) -> tuple[tuple[int, int], ...]:
+        tokens = dict(load.by_priority)
+        for awaited in list(self._awaited.values()):
+            tokens[awaited.priority] = tokens.get(awaited.priority, 0) + awaited.prompt_tokens
+        return tuple(sorted(tokens.items()))
 
     # -- I/O thread: reports -----------------------------------------------------------------------------------
 
@@ -330,6 +384,7 @@ class PrefillService:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
             digest=part,
+            by_priority=self._by_priority(load) if PRIORITY in self._welcome.features else (),
         )
 
     def _leave(self, peer: _Peer, reason: str) -> None:

@@ -3,6 +3,7 @@
 No I/O, no engine types. Call order, all in the scheduler's thread:
 
     new_request()   a request arrived over HTTP; with a transfer id that was offered, it is ours
+    hold()          ... or for a router, which does not say for whom: held under a lease when it ends
     scheduled()     each step in which the engine computes some of its tokens
     preempted()     the engine took its blocks away; it will start over
     finished()      it ended; the answer says whether its blocks must stay
@@ -10,6 +11,8 @@ No I/O, no engine types. Call order, all in the scheduler's thread:
     reports()       each step: what the ranks said
 """
 
+import math
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +21,15 @@ from typing import Protocol
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
+    AdapterChecked,
+    Held,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
     TicketCancelled,
     TicketOffered,
     TicketReady,
+    TicketRenewed,
 )
 from disagg_plugin.control.offload_call import prompt_digest, room_of
 from disagg_plugin.kv.commands import (
@@ -53,6 +59,16 @@ class PrefillPort(Protocol):
         ...
 
     def arrived(self, transfer_id: bytes) -> None: ...
+
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        """Whether the adapter in ``folder`` has this digest; answered by an event."""
+        ...
+
+    def held(self, transfer_id: bytes, held: Held) -> None:
+        """KV of this prompt is kept for whoever offers to take it, until ``hold_ended``."""
+        ...
+
+    def hold_ended(self, transfer_id: bytes) -> None: ...
     def drain(self) -> Iterable[PrefillEvent]: ...
 
 
@@ -67,6 +83,9 @@ class _Ticket:
     ready: TicketReady | None = None
     opened: bool = False  # the ranks know about it
     request_ended_s: float = 0.0
+    hold_until_s: float = 0.0
+    routed: Held | None = None  # where a router sent it
+    verified: bool = True  # False while its adapter is compared: nothing is said or sent before
     holding: bool = False  # the engine keeps the blocks until the ranks release them
     computed_tokens: int = 0
     failure: str = ""
@@ -118,12 +137,19 @@ class PrefillSide:
         return next((t.offer.transfer_id for t in waiting if room_of(t.offer.transfer_id) == room), None)
 
     def new_request(
-        self, request_id: str, transfer_id: bytes, prompt_tokens: int, *, prompt: Sequence[int] = ()
+        self,
+        request_id: str,
+        transfer_id: bytes,
+        prompt_tokens: int,
+        *,
+        prompt: Sequence[int] = (),
+        adapter: str = "",
     ) -> bool:
         """Bind an HTTP request to its ticket; False if no such prompt was offered (it is then an ordinary one).
 
         Args:
             prompt: Its token ids, compared with the offer's digest where that has one.
+            adapter: Folder of the LoRA adapter that computes it, likewise.
         """
         self._drain()
         self._port.arrived(transfer_id)
@@ -135,10 +161,30 @@ class PrefillSide:
         if ticket.offer.prompt_tokens != prompt_tokens or (digest and digest != prompt_digest(prompt)):
             self._drop(ticket, Event.FAIL, "prompt_differs", tell=True)
             return False
+        if bool(adapter) != bool(ticket.offer.adapter):
+            self._drop(ticket, Event.FAIL, "adapter_differs", tell=True)
+            return False
+        if adapter:
+            ticket.verified = False
+            self._port.check_adapter(transfer_id, adapter, ticket.offer.adapter)
         ticket.request_id = request_id
         self._journal.prefills_for_another(request_id)
         self._by_request[request_id] = ticket
         return True
+
+    def hold(self, request_id: str, held: Held) -> None:
+        """Prefill a prompt for a router: nobody has offered it, a decode engine will ask for its KV later."""
+        transfer_id = secrets.token_bytes(16)
+        offer = TicketOffered(transfer_id, 0, "", len(held.prompt), "raw", math.inf, held=True)
+        ticket = _Ticket(offer, self._clock(), request_id=request_id, routed=held)
+        self._tickets[transfer_id] = self._by_request[request_id] = ticket
+        self._journal.prefills_for_another(request_id)
+        self.totals["held"] += 1
+
+    def held_as(self, request_id: str) -> bytes | None:
+        """Under which transfer id the KV of an ended request is held for a router's decode engine."""
+        ticket = self._by_request.get(request_id)
+        return ticket.offer.transfer_id if ticket is not None and ticket.state is State.HELD else None
 
     def is_ours(self, request_id: str) -> bool:
         """Whether this request's KV goes to a decode engine."""
@@ -152,7 +198,8 @@ class PrefillSide:
         ticket.started_s = ticket.started_s or self._clock()  # Ready may have come before
         if ticket.state is State.ACCEPTED:
             ticket.state = advance(ticket.state, Event.START)
-            self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
+            if ticket.offer.peer and ticket.verified:
+                self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
         ticket.computed_tokens = min(computed_tokens, ticket.offer.prompt_tokens)
         self._commands.append(Computed(ticket.offer.transfer_id, ticket.computed_tokens, tuple(block_ids)))
 
@@ -170,6 +217,7 @@ class PrefillSide:
         if ticket is None:
             return False
         ticket.request_ended_s = self._clock()
+        ticket.hold_until_s = ticket.request_ended_s + self._settings.transfer.hold_s
         if ticket.state in OVER or self._is_staged(ticket):
             self._forget_if_over(ticket)
             return False
@@ -180,11 +228,14 @@ class PrefillSide:
         if (
             self._held_tokens() + ticket.computed_tokens
             > self._settings.transfer.hold_kv_fraction * max(self._capacity_tokens, 1)
-            and self.holds_blocks
+            and self._holds_any
         ):
             self._drop(ticket, Event.FAIL, "hold_full", tell=True)
             self._forget_if_over(ticket)
             return False
+        if ticket.state is State.STARTED and ticket.routed is not None:
+            ticket.state = advance(ticket.state, Event.HOLD)
+            self._port.held(ticket.offer.transfer_id, ticket.routed)
         ticket.holding = True
         self._commands.append(ReleaseWhenStaged(ticket.offer.transfer_id, request_id))
         return True
@@ -193,11 +244,10 @@ class PrefillSide:
         """Commands for the worker ranks; called once per scheduler step, at its end."""
         self._drain()
         now = self._clock()
-        limits = self._settings.transfer
         for ticket in list(self._tickets.values()):
             if ticket.state in OVER:
                 continue
-            if ticket.holding and now > ticket.request_ended_s + limits.hold_s and not self._is_staged(ticket):
+            if ticket.holding and now > ticket.hold_until_s and not self._is_staged(ticket):
                 self._drop(ticket, Event.DEADLINE, "hold_expired", tell=True)
             elif now > ticket.offered_s + ticket.offer.deadline_s:
                 self._drop(ticket, Event.DEADLINE, "deadline", tell=True)
@@ -247,10 +297,14 @@ class PrefillSide:
 
     @property
     def holds_blocks(self) -> bool:
-        """Whether ended requests keep blocks that will be free soon."""
-        return any(ticket.holding for ticket in self._tickets.values())
+        """Whether ended requests keep blocks that will be free soon: not those that wait for a router's second half."""
+        return any(ticket.holding and ticket.state is not State.HELD for ticket in self._tickets.values())
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    @property
+    def _holds_any(self) -> bool:
+        return any(ticket.holding for ticket in self._tickets.values())
 
     def _sent(self, ticket: _Ticket, rank: int) -> None:
         ticket.sent_ranks.add(rank)
@@ -274,6 +328,8 @@ class PrefillSide:
         ticket.failure = reason
         self.drops[reason] += 1
         self._commands.append(DropSend(ticket.offer.transfer_id, reason))
+        if ticket.offer.held:
+            self._port.hold_ended(ticket.offer.transfer_id)
         if tell:
             self._port.cancel(ticket.offer.transfer_id, ticket.offer.peer, reason)
         self._forget_if_over(ticket)
@@ -301,6 +357,14 @@ class PrefillSide:
                     for ticket in list(self._tickets.values()):
                         if ticket.offer.peer == peer:
                             self._drop(ticket, Event.PEER_LOST, reason, tell=False)
+                case TicketOffered(held=True):
+                    self._claimed(event)
+                case AdapterChecked(transfer_id, same):
+                    if (checked := self._tickets.get(transfer_id)) is not None:
+                        self._adapter_checked(checked, same)
+                case TicketRenewed(transfer_id):
+                    if (renewed := self._tickets.get(transfer_id)) is not None:
+                        renewed.hold_until_s = self._clock() + self._settings.transfer.hold_s
                 case TicketOffered():
                     self._tickets[event.transfer_id] = _Ticket(event, self._clock())
                     self.totals["offered"] += 1
@@ -310,15 +374,43 @@ class PrefillSide:
                     if (ticket_or_none := self._tickets.get(transfer_id)) is not None:
                         self._drop(ticket_or_none, Event.ABORT, reason, tell=False)
 
+    def _claimed(self, event: TicketOffered) -> None:
+        """A decode engine has the request whose KV is held. It may come too late: the lease may have just ended."""
+        ticket = self._tickets.get(event.transfer_id)
+        if ticket is None or ticket.state is not State.HELD or ticket.offer.peer:
+            self._port.cancel(event.transfer_id, event.peer, "hold_expired")
+            return
+        now = self._clock()
+        ticket.offer, ticket.offered_s, ticket.hold_until_s = event, now, now + self._settings.transfer.hold_s
+        ticket.state = advance(ticket.state, Event.ACCEPT)
+        self.totals["claimed"] += 1
+
     def _ready(self, event: TicketReady) -> None:
         ticket = self._tickets.get(event.transfer_id)
-        if ticket is None or ticket.state in OVER or ticket.opened:
+        if ticket is None or ticket.state in OVER or ticket.opened or not ticket.offer.peer:
             return
         if not 0 <= event.first_token < event.end_token <= ticket.offer.prompt_tokens:
             self._drop(ticket, Event.FAIL, "bad_range", tell=True)
             return
         ticket.state = advance(ticket.state, Event.READY)
+        ticket.hold_until_s = max(ticket.hold_until_s, self._clock() + self._settings.transfer.hold_s)
         ticket.opened = True
+        ticket.ready = event
+        self._open(ticket, event)
+
+    def _adapter_checked(self, ticket: _Ticket, same: bool) -> None:
+        if not same:
+            self._drop(ticket, Event.FAIL, "adapter_differs", tell=True)
+            return
+        ticket.verified = True
+        if ticket.started_s:
+            self._port.started(ticket.offer.transfer_id, ticket.offer.peer)
+        if ticket.ready is not None and ticket.state in LOADING:
+            self._open(ticket, ticket.ready)
+
+    def _open(self, ticket: _Ticket, event: TicketReady) -> None:
+        if not ticket.verified:
+            return
         self._commands.append(
             OpenSend(
                 transfer_id=event.transfer_id,

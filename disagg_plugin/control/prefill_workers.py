@@ -20,13 +20,15 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from disagg_plugin.allowed_hosts import AllowedHosts
 from disagg_plugin.config import DisaggSettings, is_loopback
 from disagg_plugin.control.decode_port import OfferCall
 from disagg_plugin.control.events import DecodeEvent
-from disagg_plugin.control.messages import AnyMessage, Hello, Ready
+from disagg_plugin.control.messages import Hello, Ready
 from disagg_plugin.control.offloads import Offloads
 from disagg_plugin.control.own_pauses import OwnPauses
 from disagg_plugin.control.ring_regions import RingRegions
+from disagg_plugin.control.router_flow import HandedOver
 from disagg_plugin.control.worker_directory import (
     LOOK_AGAIN_S,
     Resolve,
@@ -40,6 +42,8 @@ from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 from disagg_plugin.serving.prefix_index import PrefixIndex
 from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
+ROUTERS_WORKERS_MAX = 64  # that only requests name
+FORGET_AFTER_S = 30.0  # one of those, if it is not there
 LEAVE_AFTER_S = 60.0  # a worker that its name does not list any more may end what it has begun
 
 logger = logging.getLogger(__name__)
@@ -92,6 +96,7 @@ class PrefillWorkers:
         self._regions = RingRegions(
             ring_slots=min([e.ring_slots for e in hello.endpoints], default=0), slots_each=hello.region_slots
         )
+        self._allowed = AllowedHosts(settings.router.allowed_hosts, default_port=settings.side_channel.port)
         self._said_exhausted = False
         self._pauses = OwnPauses(settings.side_channel.heartbeat_s)
         self._links: dict[str, WorkerLink] = {}
@@ -154,13 +159,31 @@ class PrefillWorkers:
                 return link.name
         return None
 
+    def holder(self, handed: HandedOver) -> str | None:
+        """The worker that holds a prompt's KV, of ours or allowed; None: such a host must not be connected to.
+
+        One that is only allowed is connected to now; the offer waits for that.
+        """
+        links = list(self._links.values())
+        for link in links:
+            if handed.port == link.address.port and same_host(handed.host, link.address.host):
+                return link.name
+        for link in links:
+            if link.welcome is not None and handed.engine and link.welcome.engine == handed.engine:
+                return link.name
+        if not self._allowed.allows(handed.host, handed.port):
+            return None
+        name = f"{handed.host}:{handed.port}"
+        self._post(self._meet, WorkerAddress(name, handed.host, handed.port, url=""))
+        return name
+
     def offer(self, call: OfferCall) -> None:
         self._offers += 1
         self._posted.append(_Posted(self._offers, call.workers[0], len(call.token_ids)))
         self._post(self._start_call, call, self._offers)
 
     def ready(self, transfer_id: bytes, peer: str, first_token: int, end_token: int) -> None:
-        self._post(self._send, peer, Ready(transfer_id, first_token, end_token))
+        self._post(self._ready, peer, Ready(transfer_id, first_token, end_token))
 
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
         self._post(self._offloads.cancel, transfer_id, peer, reason)
@@ -214,8 +237,11 @@ class PrefillWorkers:
         away_s = self._pauses.since_last_look_s(now_s)
         for link in list(self._links.values()):
             link.heartbeat(away_s)
-            if link.left_s is not None and (link.welcome is None or now_s - link.left_s > LEAVE_AFTER_S):
+            left = link.left_s is not None and (link.welcome is None or now_s - link.left_s > LEAVE_AFTER_S)
+            forgotten = not link.address.url and link.welcome is None and link.forgotten_s > FORGET_AFTER_S
+            if left or forgotten:
                 self._remove(link)
+        self._offloads.renew()
         self._publish()
 
     async def _look_again(self) -> None:
@@ -227,7 +253,7 @@ class PrefillWorkers:
     async def _apply(self, known: dict[str, WorkerAddress]) -> None:
         """Make the links those of ``known``, without touching the ones that stay."""
         for name, link in list(self._links.items()):
-            if name in known:
+            if name in known or not link.address.url:
                 link.left_s = None
             elif link.left_s is None:
                 logger.info("disagg: prefill worker %s is not listed any more", name)
@@ -237,13 +263,16 @@ class PrefillWorkers:
                 self._remove(link)
         for name, address in known.items():
             old = self._links.get(name)
-            if old is None or old.health is Health.RING_EXHAUSTED:
-                await self._add(address)
+            if old is not None and not old.address.url:
+                old.address = address  # until now only a router knew it
+            await self._add(address)
         for link in self._links.values():
             link.refresh()
         self._publish()
 
     async def _add(self, address: WorkerAddress) -> None:
+        if (old := self._links.get(address.name)) is not None and old.health is not Health.RING_EXHAUSTED:
+            return
         first_slot = self._regions.take(address.name)
         hello = msgspec.structs.replace(self._hello, region_first_slot=first_slot or 0)
         link = self._links[address.name] = WorkerLink(address, hello, self._around)
@@ -278,9 +307,19 @@ class PrefillWorkers:
         self._offloads.start(call)
         self._publish()
 
-    def _send(self, name: str, message: AnyMessage) -> None:
+    def _ready(self, name: str, ready: Ready) -> None:
+        self._offloads.ready(ready.transfer_id)
         if (link := self._links.get(name)) is not None:
-            link.send(message)
+            link.send(ready)
+
+    def _meet(self, address: WorkerAddress) -> None:
+        """Connect to a worker that only a router knows."""
+        if address.name in self._links:
+            return
+        if sum(not link.address.url for link in self._links.values()) >= ROUTERS_WORKERS_MAX:
+            self.counters["too_many_routed_workers"] += 1
+            return
+        self._spawn(self._add(address))
 
     def _landed(self, name: str, wire_bytes: int, tokens: int) -> None:
         if (link := self._links.get(name)) is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from disagg_plugin.config import DisaggSettings
@@ -19,6 +20,7 @@ from disagg_plugin.control.compatibility import Party
 from disagg_plugin.control.io_thread import IoThread
 from disagg_plugin.control.keys import KeyRing
 from disagg_plugin.control.messages import (
+    HELD,
     PRIORITY,
     PROTOCOL_VERSION,
     AnyMessage,
@@ -36,7 +38,8 @@ from disagg_plugin.kv.geometry import KVGeometry
 
 logger = logging.getLogger(__name__)
 
-FEATURES: tuple[str, ...] = ()
+FEATURES: tuple[str, ...] = (HELD,)
+WILDCARDS = frozenset({"0.0.0.0", "::", "*"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class ControlService:
         self.port = channel.port + facts.dp_rank if channel.port else 0
         self.engine = f"{socket.gethostname()}:{self.port}"
         self.epoch = time.time_ns()
+        party = Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints))
+        self._identity: object = msgspec.to_builtins(party)
         self._server: SideChannelServer | None = None
         self.prefill: PrefillService | None = None
         self.decode: PrefillWorkers | None = None
@@ -85,6 +90,12 @@ class ControlService:
             self.prefill = self._prefill_service(facts)
         if settings.role in ("decode", "both"):
             self.decode = self._prefill_workers(facts)
+
+    @property
+    def advertised_host(self) -> str:
+        """Where a router's decode engine finds us."""
+        host = self._settings.side_channel.host
+        return self._settings.router.advertise_host or (socket.gethostname() if host in WILDCARDS else host)
 
     def start(self) -> None:
         """Bind, connect, and return once the side channel listens.
@@ -150,6 +161,7 @@ class ControlService:
             "epoch": self.epoch,
             "role": self._settings.role,
             "threads": sorted(thread.name for thread in threading.enumerate()),
+            "identity": self._identity,
             **self._snapshot(),
             **self._links(),
         }

@@ -29,7 +29,7 @@ class WorkerAddress:
 
     Attributes:
         name: ``host:port`` of its side channel; what decisions, logs and metrics call it.
-        url: Base URL of its HTTP API.
+        url: Base URL of its HTTP API; empty: only a router knows it, no prompt is posted to it.
         tls_name: Name in its certificate where ``url`` holds an address instead, or None.
     """
 
@@ -84,6 +84,11 @@ class WorkerDirectory:
                 found = _at(settings, address, self._default_port)
                 known.setdefault(found.name, found)
         return known
+
+    @property
+    def unresolved(self) -> list[str]:
+        """Names that have no address, as of the last look."""
+        return sorted(self._failing - self._found.keys())
 
     async def look(self) -> None:
         """Look every name up once."""

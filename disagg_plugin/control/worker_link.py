@@ -30,6 +30,7 @@ from disagg_plugin.control.channel import ChannelState, SideChannelClient
 from disagg_plugin.control.digest_stream import DigestFollower
 from disagg_plugin.control.events import DecodeEvent, PeerJoined, PeerLeft, PrefillFailed, PrefillStarted
 from disagg_plugin.control.messages import (
+    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
@@ -114,10 +115,12 @@ class WorkerLink:
     health: Health = Health.CONNECTING
     reason: str = ""
     left_s: float | None = None  # since when its name does not list it
+    welcomed: asyncio.Event = field(default_factory=asyncio.Event)
     answers: dict[bytes, asyncio.Future[Accepted | Refused]] = field(default_factory=dict)
     codec: str = field(init=False)
     backoff: Backoff = Backoff()  # noqa: RUF009 - frozen
     probe: bytes = b""  # transfer id
+    made_s: float = field(init=False)
     wired: bool = False  # the data plane's agents have met: the first transfer takes much longer than any other
     _epoch: int = 0  # of the process that was welcome last
     _heard_s: float = 0.0
@@ -130,6 +133,7 @@ class WorkerLink:
     _landed_s: float = 0.0  # when an offload did so last
 
     def __post_init__(self) -> None:
+        self.made_s = self.around.clock()
         self.codec = wire_codec(self.around.codec, self.address.host, self.hello.geometry.dtype)
         self.refresh()
 
@@ -181,6 +185,7 @@ class WorkerLink:
         """Nothing can be expected from it until it says Welcome again."""
         had = self.welcome is not None
         self.welcome, self.health, self.reason = None, health, problem
+        self.welcomed.clear()
         self._load, self._reported_s, self._digest = ReceivedLoad(), None, DigestFollower()
         self._offers.clear()
         self.around.index.forget(self.name)
@@ -245,6 +250,7 @@ class WorkerLink:
         self.welcome, self.health, self.reason = welcome, Health.HEALTHY, ""
         if welcome.epoch != self._epoch:  # another process: what the one before did wrong does not count
             self._epoch, self.backoff, self.probe, self.wired = welcome.epoch, Backoff(), b"", False
+        self.welcomed.set()
         self._choose_codec()
         logger.info("disagg: prefill worker %s is ready (epoch %d)", self.name, welcome.epoch)
         self.around.emit(
@@ -317,13 +323,18 @@ class WorkerLink:
 
     # -- offers ------------------------------------------------------------------------------------------------
 
+    @property
+    def forgotten_s(self) -> float:
+        """For how long nothing was heard from it."""
+        return self.around.clock() - max(self.made_s, self._heard_s)
+
     def may_ask(self) -> bool:
         """Whether a prompt may be offered to it now."""
         return self.welcome is not None and self.left_s is None and self.backoff.may_ask(self.around.clock())
 
-    def offered(self, transfer_id: bytes, tokens: int) -> None:
+    def offered(self, transfer_id: bytes, tokens: int, priority: int = 0) -> None:
         """A prompt of ours is, or is about to be, offered to it; idempotent."""
-        self._offers.add(transfer_id, tokens)
+        self._offers.add(transfer_id, tokens, priority)
         self._changed()
 
     def asked(self, transfer_id: bytes) -> None:
@@ -389,7 +400,7 @@ class WorkerLink:
             per_token = wire_bytes_per_token(geometry, self.codec, ranks=len(self.hello.endpoints))
         self.row = WorkerState(
             worker=self.name,
-            healthy=self.may_ask(),
+            healthy=self.may_ask() and bool(self.address.url),
             queued_requests=load.queued_requests,
             max_prompt_tokens=welcome.max_prompt_tokens if welcome is not None else 0,
             queued_prefill_tokens=load.queued_prefill_tokens,
@@ -399,10 +410,16 @@ class WorkerLink:
             reported_s=self._reported_s or 0.0,
             in_flight_requests=self._offers.requests,
             in_flight_tokens=self._offers.tokens,
+            by_priority=self._by_priority(load),
             overhead_s=self._overhead_s(),
             prefill=load.prefill,
             link=latency.link(self.name, wire_bytes_per_token=per_token),
         )
+
+    def _by_priority(self, load: ReceivedLoad) -> tuple[tuple[int, int], ...]:
+        """Of a worker that schedules by priority; nobody overtakes at another one."""
+        reorders = self.welcome is not None and PRIORITY in self.welcome.features
+        return self._offers.by_priority(load.by_priority) if reorders else ()
 
     def _overhead_s(self) -> float:
         """What was measured; what is above the prior fades while nothing lands.
@@ -426,7 +443,7 @@ class WorkerLink:
         row = self.row
         return {
             "url": self.address.url,
-            "healthy": row.healthy and health is Health.HEALTHY,
+            "healthy": self.may_ask() and health is Health.HEALTHY,
             "state": str(health),
             "problem": reason,
             "epoch": self.welcome.epoch if self.welcome is not None else 0,
@@ -441,7 +458,7 @@ class WorkerLink:
     def figures(self) -> dict[str, object]:
         """The part of it that metrics are made from."""
         health, _ = self.standing()
-        healthy = self.row.healthy and health is Health.HEALTHY
+        healthy = self.may_ask() and health is Health.HEALTHY
         return {"healthy": healthy, "state": str(health), "queued_requests": self.row.queued_requests}
 
     def standing(self) -> tuple[Health, str]:

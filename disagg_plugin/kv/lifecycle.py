@@ -4,8 +4,9 @@
        │                    │                  │                 │                  │
        └────────────────────┴──── fail, abort, deadline, peer_lost ─────────────────┴──────────────▶ ABANDONED
 
-The classical flow enters at HELD (KV is complete on the prefill side before a decode engine is known) and goes on
-with READY. LANDED and ABANDONED absorb every later event: late messages are normal, acting on them is not.
+On the prefill side, the classical flow goes from STARTED to HELD (KV is complete before a decode engine is known; a
+decode engine's offer is its ACCEPT) and goes on with READY. LANDED and ABANDONED absorb every later event: late
+messages are normal, acting on them is not.
 """
 
 import enum
@@ -31,6 +32,7 @@ class Event(enum.Enum):
 
     ACCEPT = "accept"
     START = "start"
+    HOLD = "hold"
     READY = "ready"
     CHUNK = "chunk"
     COMPLETE = "complete"
@@ -54,10 +56,11 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.STARTED: {
         Event.ACCEPT: State.STARTED,
         Event.START: State.STARTED,
+        Event.HOLD: State.HELD,
         Event.READY: State.READY,
         **ENDINGS,
     },
-    State.HELD: {Event.READY: State.READY, **ENDINGS},
+    State.HELD: {Event.ACCEPT: State.HELD, Event.READY: State.READY, **ENDINGS},
     State.READY: {
         Event.ACCEPT: State.READY,
         Event.START: State.READY,

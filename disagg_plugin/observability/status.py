@@ -78,6 +78,7 @@ def status_of(scrape: Scrape, *, now_s: float) -> View:
         },
         "transfers": _transfers(scrape),
         "cache_hits": _cache_hits(scrape),
+        "prefix_tokens": _counts(scrape.by("disagg_prefix_tokens_total", "tier")),
     }
 
 

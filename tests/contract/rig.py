@@ -20,6 +20,7 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
+from disagg_plugin.control.router_flow import HandedOver
 from disagg_plugin.kv.commands import AddPeer, Computed, OpenSend, RankEndpoint
 from disagg_plugin.kv.dataplane import DataPlane, agent_name
 from disagg_plugin.kv.geometry import KVGeometry
@@ -66,6 +67,9 @@ class FakePort:
 
     def worker_at(self, host: str, bootstrap_port: int) -> str | None:
         return WORKER if (host, bootstrap_port) == ("p", 8998) else None
+
+    def holder(self, handed: HandedOver) -> str | None:
+        return WORKER if (handed.host, handed.port) == ("p", 1) else None
 
     def overlap_tokens(self, hashes: Sequence[int]) -> tuple[int, ...]:
         return ()

@@ -42,12 +42,12 @@ class VllmRig:
         self.ready: dict[str, int] = {}
         self.gone: set[str] = set()
 
-    def send(self, request_id: str, prompt: list[int]) -> None:
+    def send(self, request_id: str, prompt: list[int], **params: object) -> None:
         request = SimpleNamespace(
             request_id=request_id,
             num_prompt_tokens=len(prompt),
             prompt_token_ids=prompt,
-            kv_transfer_params=None,
+            kv_transfer_params=params or None,
             cache_salt=None,
             trace_headers=None,
             lora_request=None,
@@ -87,7 +87,8 @@ class VllmRig:
             taken, self.free = self.free[:count], self.free[count:]
             self.blocks[request_id] = taken
             self.loading[request_id] = external
-            self.scheduler.allocated(request, tuple(taken), external)
+            blocks: Any = SimpleNamespace(get_block_ids=lambda taken=taken: (taken,))
+            self.scheduler.allocated(request, blocks, external)
         empty = SimpleNamespace(
             preempted_req_ids=None,
             scheduled_new_reqs=[],

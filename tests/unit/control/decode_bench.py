@@ -70,6 +70,8 @@ class Bench:
 
     def __init__(self, capacity_tokens: int = 10_000, **settings: Any) -> None:
         self.now = 100.0
+        alone = {"shared_prefix_wait_s": 0.0}  # the prompts here are mostly one and the same
+        settings["transfer"] = {**alone, **settings.get("transfer", {})}
         self.port = FakePort()
         self.load = LoadTracker(lambda: self.now)
         self.journal = Journal()

@@ -34,6 +34,7 @@ EVERY_MESSAGE: list[AnyMessage] = [
     messages.Hello(1, ("a", "b"), "engine", 7, _identity, *_shape, region_first_slot=8, region_slots=8),
     messages.Welcome(1, (), "engine", 2**63, _identity, *_shape, max_prompt_tokens=4096, prefill_queue_max=8),
     messages.Rejected("weights", "abc", "def"),
+    messages.Renew((b"\x00" * 16, b"\xff" * 16)),
     messages.Offer(b"\x00" * 16, 2**64 - 1, 3000, 16, 30.0, "int8c", priority=-1),
     messages.Accepted(b"\xff" * 16, 0.25),
     messages.Refused(b"id", "queue_full"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
+    Held,
     PeerLeft,
     PrefillEvent,
     TicketCancelled,
@@ -27,6 +28,7 @@ class FakePort:
     def __init__(self) -> None:
         self.events: list[PrefillEvent] = []
         self.sent: list[tuple[str, str]] = []
+        self.held_ids: dict[bytes, Held] = {}
 
     def started(self, transfer_id: bytes, peer: str) -> None:
         self.sent.append(("started", peer))
@@ -39,6 +41,15 @@ class FakePort:
 
     def arrived(self, transfer_id: bytes) -> None:
         self.sent.append(("arrived", ""))
+
+    def check_adapter(self, transfer_id: bytes, folder: str, digest: str) -> None:
+        self.sent.append(("check adapter", f"{folder} is {digest}"))
+
+    def held(self, transfer_id: bytes, held: Held) -> None:
+        self.held_ids[transfer_id] = held
+
+    def hold_ended(self, transfer_id: bytes) -> None:
+        self.held_ids.pop(transfer_id, None)
 
     def drain(self) -> Iterable[PrefillEvent]:
         events, self.events = self.events, []

@@ -125,3 +125,11 @@ def test_early_rejection_brings_priorities_unless_the_operator_has_a_say_in_it(
     assert bool(fields) is set_too
     if set_too:
         assert fields["schedule_low_priority_values_first"], "as vLLM does, and as the classes' numbers are"
+
+
+def test_lmcache_is_refused_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "disagg.yaml"
+    config.write_text("cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}\n")
+    monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
+    with pytest.raises(ConfigError, match=r"cache\.lmcache: vLLM engines only"):
+        launch.settings_for("decode")

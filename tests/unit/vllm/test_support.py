@@ -46,6 +46,8 @@ def test_full_attention_on_one_pipeline_stage_is_supported():
         pytest.param({"speculative_method": "eagle"}, "eagle", id="speculative"),
         pytest.param({"encoder_decoder": True}, "encoder-decoder", id="encoder-decoder"),
         pytest.param({"generates": False}, "pooling", id="pooling"),
+        pytest.param({"sleeps": True}, "sleep mode", id="sleep mode"),
+        pytest.param({"weights_change": True}, "weight_transfer_config", id="weights change"),
     ],
 )
 def test_unsupported_engines(change, said):
@@ -149,13 +151,24 @@ def test_speculative_decoding_is_read(tmp_path):
     assert "ngram" in str(unsupported_engine(vllm_config, kv_cache_config))
 
 
+def test_sleep_and_weight_transfer_are_read(tmp_path):
+    vllm_config, kv_cache_config = real_engine(tmp_path)
+    assert hasattr(vllm_config.model_config, "enable_sleep_mode")
+    assert hasattr(vllm_config, "weight_transfer_config")
+    vllm_config.model_config.enable_sleep_mode = True
+    assert "sleep mode" in str(unsupported_engine(vllm_config, kv_cache_config))
+    vllm_config.model_config.enable_sleep_mode = False
+    vllm_config.weight_transfer_config = SimpleNamespace(backend="nccl")
+    assert "weight_transfer_config" in str(unsupported_engine(vllm_config, kv_cache_config))
+
+
 def real_request(**changes):
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
     sampling = SamplingParams(max_tokens=4, **changes.pop("sampling", {}))
     arguments = {"prompt_token_ids": [1, 2, 3], "sampling_params": sampling, "pooling_params": None, **changes}
-    return Request(request_id="r", **arguments)
+    return Request(**{"request_id": "r", **arguments})
 
 
 def test_an_ordinary_request_may_be_offloaded():
@@ -166,6 +179,12 @@ def test_an_ordinary_request_may_be_offloaded():
 def test_requests_that_need_the_whole_prompts_forward_stay():
     assert local_only_reason(real_request(sampling={"prompt_logprobs": 0})) == "prompt_logprobs"
     assert local_only_reason(real_request(sampling={"skip_reading_prefix_cache": True})) == "no_prefix_cache"
+
+
+@pytest.mark.parametrize("request_id", ["cmpl-1f-0-9ab3-beam-0", "cmpl-1f-0-9ab3-beam-11-aa3d1ea1"])
+def test_the_steps_of_a_beam_stay(request_id):
+    assert local_only_reason(real_request(request_id=request_id)) == "beam_search"
+    assert local_only_reason(real_request(request_id=request_id.replace("-beam-", "-beams-"))) is None
 
 
 def test_requests_that_token_ids_do_not_describe_stay():

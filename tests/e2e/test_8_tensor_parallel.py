@@ -1,0 +1,104 @@
+"""Two tensor-parallel ranks on each side: every rank brings its own heads, and all or none of them count.
+
+Two starts. Ordered: the decode engine leaves at the end.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e.client import Engine, at_once, same_tokens
+from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
+from e2e.offloads import Offloads, prompt_of
+from e2e.running import end_running_fleet
+from engines import free_port, vllm_env
+from models import tiny
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
+
+
+@dataclass
+class Ranks:
+    """The two engines; a rank's number in ``damage`` makes that rank of P damage its next chunk."""
+
+    prefill: Engine
+    decode: Engine
+    damage: Path
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    end_running_fleet()
+    folder = tmp_path_factory.mktemp("ranks")
+    p_port, p_side, d_port, d_side = (free_port() for _ in range(4))
+    both = {BIND: "|".join(vllm_env(core=core)[BIND] for core in range(2))}
+    flags = ("--tensor-parallel-size", "2")
+    damage = folder / "damage"
+    path = [str(FAULTY_SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    faulty = {**both, "PYTHONPATH": os.pathsep.join(path), "DISAGG_TEST_DAMAGE": str(damage)}
+    p_plan = Plan("prefill", tiny(), p_port, 0, settings("prefill", p_side), flags, faulty)
+    workers = [{"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}]
+    d_plan = Plan("decode", tiny(), d_port, 1, settings("decode", d_side, prefill_workers=workers), flags, both)
+    with ExitStack() as stack:
+        prefill, decode = at_once([lambda plan=plan: plan.start(stack, folder) for plan in (p_plan, d_plan)])
+        decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+        decode.complete(range(1_000, 1_300), cache_salt="warm-up")
+        yield Ranks(prefill, decode, damage)
+
+
+@pytest.fixture
+def pair(ranks: Ranks) -> Iterator[Ranks]:
+    yield ranks
+    if psutil.pid_exists(ranks.decode.pid):
+        assert settle(ranks.decode)["decode"]["tracked_requests"] == 0
+    settle(ranks.prefill)
+
+
+@pytest.mark.parametrize("tokens", [33, 700, 1_500])
+def test_both_ranks_bring_their_heads(pair: Ranks, tokens: int) -> None:
+    prompt = prompt_of(tokens, seed=200)
+    counted = Offloads(pair.decode)
+    got = pair.decode.complete(prompt, cache_salt="ranks")
+    totals = counted.totals()
+    assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)
+    assert totals["raw_bytes"] == (tokens - 1) * TINY_TOKEN_BYTES
+    assert same_tokens(got, pair.prefill.complete(prompt, cache_salt="local"))
+
+
+def test_a_chunk_of_one_rank_that_is_damaged_is_asked_for_again(pair: Ranks) -> None:
+    prompt = prompt_of(900, seed=201)
+    before = {rank: dict(counters) for rank, counters in pair.decode.snapshot()["decode"]["ranks"].items()}
+    counted = Offloads(pair.decode)
+    pair.damage.write_text("1")
+    got = pair.decode.complete(prompt, cache_salt="damaged")
+    assert not pair.damage.exists(), "rank 1 damaged a chunk"
+    totals = counted.totals()
+    assert (totals["landed"], totals["fallbacks"]) == (1, 0)
+    after = settle(pair.decode)["decode"]["ranks"]
+    failures = {rank: after[rank]["checksum_failures"] - before[rank]["checksum_failures"] for rank in after}
+    assert failures == {"0": 0, "1": 1}
+    assert same_tokens(got, pair.prefill.complete(prompt, cache_salt="local"))
+
+
+def test_a_decode_engine_that_leaves_costs_prefill_nothing(pair: Ranks) -> None:
+    """SIGTERM while four transfers are open; what P does for it ends, and no block stays taken."""
+    prompts = [prompt_of(2_500, seed=210 + at) for at in range(4)]
+    process = psutil.Process(pair.decode.pid)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        futures = [pool.submit(pair.decode.complete, p, cache_salt="leaves") for p in prompts]
+        pair.prefill.when(lambda v: len(v["prefill"]["open"]) >= 3, every_s=0.02)
+        process.terminate()
+        for future in futures:
+            future.exception(timeout=120)  # as vLLM ends them: an error, or an answer cut short
+    psutil.wait_procs([process], timeout=60)
+    settle(pair.prefill)
+    prompt = prompt_of(300, seed=220)
+    assert len(pair.prefill.complete(prompt, cache_salt="alone").tokens) == 16
