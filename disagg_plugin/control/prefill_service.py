@@ -267,6 +267,7 @@ class PrefillService:
                     region_first_slot=hello.region_first_slot,
                     region_slots=hello.region_slots,
                     receives=False,
+                    our_ranks=len(self._welcome.endpoints),
                 )
             )
         )

@@ -38,6 +38,10 @@ class HeadRange:
     start: int
     count: int
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
