@@ -2,22 +2,22 @@
 
     python benchmarks/overload.py --json [--seconds 60]
 
-Engines: the tiny model, a prefill and a decode engine of ours, one core each; every prompt is offloaded (``--offload``),
-as where TPOT matters. A new pair for each of ``none`` (no admission), ``projected`` and ``current_queue``. On the first
-one the unloaded TTFT and TPOT are measured (median of 10, one at a time) and the capacity (requests per second that 24
-clients get who ask again at once). Then the load is open loop: Poisson arrivals, independent of completions, 30 % high
-and 70 % low, prompts of 1,500 to 2,500 fresh token ids (so long that the engines are the bottleneck, and not the API
-servers and this client beside them on the same cores), 16 output tokens; at 2 x the capacity for every policy, and at
-0.8 x under ``projected``. The SLOs are multiples of the unloaded figures: TTFT 10 x for high and 20 x for low, TPOT 8 x
-for both.
+Engines: the tiny model, a prefill and a decode engine of ours, one core each; every prompt is offloaded
+(``--offload``), as where TPOT matters. A new pair for each of ``none`` (no admission), ``projected`` and
+``current_queue``. On the first one the unloaded TTFT and TPOT are measured (median of 10, one at a time) and the
+capacity (requests per second that 24 clients get who ask again at once). Then the load is open loop: Poisson arrivals,
+independent of completions, 30 % high and 70 % low, prompts of 1,500 to 2,500 fresh token ids (so long that the engines
+are the bottleneck, and not the API servers and this client beside them on the same cores), 16 output tokens; at 2 x the
+capacity for every policy, and at 0.8 x under ``projected``. The SLOs are multiples of the unloaded figures: TTFT 10 x
+for high and 20 x for low, TPOT 8 x for both.
 
     high_attainment   share of the high requests that met both SLOs; a refused one has not
     high_vs_low_ttft  median TTFT of the low ones served, over that of the high ones
     served_ratio      requests served per second, over the capacity
     refused_share     of all requests
     high_missed       how many high ones were refused, and how many of the others missed which SLO
-    false_refusals    every fifteenth refused one is sent again at once, as one that must not be refused, in its own class:
-                      the share of those that then met both SLOs
+    false_refusals    every fifteenth refused one is sent again at once, as one that must not be refused, in its own
+                      class: the share of those that then met both SLOs
 """
 
 import argparse

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from disagg_plugin.autoscale_settings import AutoscaleSettings
+from disagg_plugin.cache_settings import CacheSettings
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.settings import ObservabilitySettings
 from disagg_plugin.plugins import PolicySettings, choose, load_plugins
@@ -218,15 +219,6 @@ class SplitPolicySettings(SettingsSection):
     )
 
 
-class CacheSettings(SettingsSection):
-    """Reuse of prefixes."""
-
-    reuse_prefix: bool = Field(default=False, description="Ask LMCache for prefixes that this engine does not hold.")
-    min_cache_hit_ratio: float | None = Field(
-        default=None, gt=0, le=1, description="A prompt of which at least this share is cached stays; null: no limit."
-    )
-
-
 class DisaggSettings(SettingsSection):
     """Everything; stands in a YAML or JSON file, or under ``kv_connector_extra_config`` (vLLM)."""
 
@@ -315,6 +307,8 @@ def warnings(settings: DisaggSettings) -> list[str]:
         found.append(
             f"side_channel.insecure: whoever reaches {channel.host}:{channel.port} can take part; set keys_dir instead"
         )
+    if settings.cache.lmcache is not None and not settings.cache.reuse_prefix:
+        found.append("cache.lmcache without cache.reuse_prefix: LMCache is not used")
     if settings.role != "prefill":
         remote = [
             worker.url
@@ -339,8 +333,8 @@ def warnings(settings: DisaggSettings) -> list[str]:
 def not_active_yet(settings: DisaggSettings) -> list[str]:
     """What the settings say and this version does not do; one line each, to be shown by every start."""
     found = []
-    if settings.cache.reuse_prefix:
-        found.append("cache.reuse_prefix: prefixes are reused within the engine's own prefix cache only")
+    if settings.cache.reuse_prefix and settings.cache.lmcache is None:
+        found.append("cache.reuse_prefix: without cache.lmcache.url it is each engine's own prefix cache alone")
     if settings.autoscale.model_fields_set:
         found.append("autoscale: no advice is given")
     return [f"accepted, not active yet: {line}" for line in found]

@@ -17,6 +17,7 @@ SHOWN_S = 1.0
 _NEEDS = {
     "e2e": find_spec("vllm"),
     "unit/vllm": find_spec("vllm"),
+    "contract/test_sglang_fill.py": find_spec("sglang"),
     "sglang_e2e": find_spec("sglang"),
     "cross_engine": find_spec("vllm") and os.environ.get("DISAGG_SGLANG_PYTHON"),
 }

@@ -34,6 +34,7 @@ class SyntheticEngine:
             "prefill": {"totals": {}, "drops": {}, "peers": {"d:1": 1}},
             "prefill_workers": {"counters": {}, "workers": {"p:1": {"healthy": True, "queued_requests": 2}}},
             "prefill_service": {"accepted": 1},
+            "lmcache": {"inactive_reason": "", "totals": {"store_hit_tokens": 64, "lookups": 1}},
             "side_channel": {"messages_in": 5, "rejected_auth": 1},
         }
         self.collector = Collector(lambda: self.view, self.journal, interval_s=0.01, ring_slots=8, private_buffers=8)

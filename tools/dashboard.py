@@ -167,6 +167,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "ops",
         ),
         Panel("Tokens held for transfers", ((f"sum by (role) (disagg_held_tokens{{{WHERE}}})", "{{role}}"),)),
+        Panel(
+            "Prompt tokens not computed, by tier",
+            ((f"sum by (tier) (rate(disagg_prefix_tokens_total{{{WHERE}}}{RATE}))", "{{tier}}"),),
+        ),
+        Panel(
+            "LMCache",
+            ((f"sum by (event) (rate(disagg_lmcache_events_total{{{WHERE}}}{RATE}))", "{{event}}"),),
+            "ops",
+        ),
     ),
     "Trouble": (
         Panel(

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
     "connectors/disagg_sglang",
     "connectors/disagg_vllm",
+    "connectors/disagg_lmcache",
     "disagg_plugin",
     "disagg_plugin/admission",
     "disagg_plugin/control",

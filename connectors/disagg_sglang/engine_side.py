@@ -6,20 +6,33 @@ side is one object. ``step`` runs once per turn of the scheduler's loop, between
 
 import atexit
 import logging
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from disagg_plugin.admission.engine_queue import EngineQueue
+from disagg_plugin.admission.engine_state import to_plain
+from disagg_plugin.boundary import boundary
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
+from disagg_plugin.control.prompt_export import PromptExport
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
+from disagg_plugin.observability.engine_stats import EngineStats
+from disagg_plugin.observability.journal import Journal
+from disagg_plugin.observability.report_channel import ReportSender
+from disagg_plugin.serving.latency import HERE
+from disagg_policies.snapshots import DecodeState
 from disagg_sglang.identity import model_identity
-from disagg_sglang.kv_backend import PromptExport
 from disagg_sglang.kv_views import build_view
+from disagg_sglang.launch import REPORTS_VARIABLE
 from disagg_sglang.prompt_fill import PromptFill
 
 logger = logging.getLogger(__name__)
@@ -33,6 +46,7 @@ class EngineSide:
     Attributes:
         fill: The decode role; None on a prefill server.
         export: The prefill role; None on a decode server.
+        broken: It gave up; SGLang serves as if it were not there, and as a prefill server nothing.
     """
 
     def __init__(self, scheduler: Any, settings: DisaggSettings) -> None:
@@ -57,12 +71,26 @@ class EngineSide:
             kind="sglang",
             bootstrap_port=int(args.disaggregation_bootstrap_port) if settings.role == "prefill" else 0,
             prefix_capacity_tokens=0 if args.disable_radix_cache else capacity_tokens,
+            by_priority=bool(args.enable_priority_scheduling and args.schedule_low_priority_values_first),
         )
         self._service = service = ControlService(settings, facts, snapshot=self._snapshot)
         service.start()
         atexit.register(self.close)
-        self._load = LoadTracker()
+        self._load = LoadTracker(by_priority=facts.by_priority)
         self._forwards = 0
+        journal = Journal()
+        self._queue = EngineQueue()
+        self._stats = EngineStats(
+            settings,
+            journal,
+            self._figures,
+            ring_slots=lambda: self._plane.endpoint.ring_slots,
+            ranks=lambda: 1,
+        )
+        self._reorders = facts.by_priority
+        if settings.qos.enable_early_rejection:
+            self._stats.engine_state = self._engine_state
+        self._reports = ReportSender(os.environ[REPORTS_VARIABLE])
         self.fill: PromptFill | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None
@@ -75,20 +103,28 @@ class EngineSide:
                 kv_capacity_tokens=capacity_tokens,
                 load=self._load,
                 step_tokens=max(int(args.chunked_prefill_size or 0), 0) or DEFAULT_STEP_TOKENS,
+                journal=journal,
             )
-            self.fill = PromptFill(scheduler, self._decode, service.decode)
+            self.fill = PromptFill(scheduler, self._decode, service.decode, self._queue)
         if service.prefill is not None:
-            self._prefill = PrefillSide(settings, service.prefill, ranks=1, kv_capacity_tokens=capacity_tokens)
+            self._prefill = PrefillSide(
+                settings, service.prefill, ranks=1, kv_capacity_tokens=capacity_tokens, journal=journal
+            )
             self.export = PromptExport(
                 self._prefill,
                 service.prefill,
                 self._load,
+                self._queue,
                 pages_wait_s=settings.transfer.start_timeout_s,
                 step=self.step,
+                give_up=self.give_up,
                 kv_usage=lambda: 1.0 - self._free_tokens() / max(capacity_tokens, 1),
             )
             scheduler.disagg_prefill_bootstrap_queue.kv_manager.export = self.export
         self._busy = False
+        self.broken = False
+        self._held_back = 0
+        self._forward_stream = scheduler.forward_stream if str(pool.device).startswith("cuda") else None
         for line in not_active_yet(settings):
             logger.warning("disagg: %s", line)
         logger.info(
@@ -99,9 +135,12 @@ class EngineSide:
             len(settings.prefill_workers) if service.decode is not None else 0,
         )
 
+    @boundary
     def step(self) -> None:
         """One turn: commands to the data plane, what landed into the pool, what ended back to the role's half."""
         self._load.step_ended(self._forwards)
+        self._publish_held_back()
+        self._send_report()
         commands: list[Command] = []
         if self.fill is not None:
             commands += self.fill.commands()
@@ -112,6 +151,9 @@ class EngineSide:
             return
         plane = self._plane
         plane.apply(commands)
+        if self._forward_stream is not None and self.fill is not None and self.fill.receiving:
+            # a forward still under way may write to pages that were freed since: what lands must come after it
+            torch.cuda.current_stream().wait_stream(self._forward_stream)
         plane.after_forward(computed=not self._scheduler.running_batch.is_empty())
         done, report = plane.take_completions(), plane.report()
         self._busy = report.busy
@@ -121,6 +163,7 @@ class EngineSide:
             self.export.ended(report, done)
         self._let_others_run()
 
+    @boundary
     def batch_starts(self, batch: Any) -> None:
         """A forward is about to be launched."""
         self._forwards += 1
@@ -130,8 +173,65 @@ class EngineSide:
             for req in batch.reqs
         ]
         works = self._load.step_of(self._forwards, computed)
+        if extends:
+            for rid, _, upto in computed:
+                self._queue.computed(rid, upto)
         if self.export is not None:
             self.export.batch_starts(works)
+
+    def take(self, req: Any, enqueue: Callable[[], None]) -> bool:
+        """True: a request waits here, and ``enqueue`` is called when it need not any more; or was already."""
+        enqueued: list[Any] = []
+
+        def once() -> None:
+            enqueued.append(req)
+            enqueue()
+
+        return bool(self._take(req, once)) or bool(enqueued)
+
+    @boundary
+    def _take(self, req: Any, enqueue: Callable[[], None]) -> bool:
+        if self.fill is None:
+            return False
+        self._queue.arrived(req.rid, len(req.origin_input_ids), req.priority or 0)
+        return self.fill.take(req, enqueue)
+
+    @boundary
+    def retracted(self, rid: str) -> None:
+        """A running request lost its KV and waits again."""
+        self._load.preempted(rid)
+        self._queue.preempted(rid)
+
+    @boundary
+    def aborted(self, rid: str, *, everything: bool) -> None:
+        """SGLang is about to abort what begins with ``rid``."""
+        if self.fill is not None:
+            self.fill.abort(rid, everything=everything)
+
+    @boundary
+    def dropped(self, req: Any) -> None:
+        """SGLang drops a request unserved."""
+        self._queue.finished(req.rid)
+        if self.fill is not None:
+            self.fill.dropped(req)
+
+    @boundary
+    def weights_updated(self) -> None:
+        """Digest and fingerprint are those of the old weights: KV of old and new ones must never meet."""
+        logger.warning("disagg: the model's weights were updated in place: no KV is exchanged until a restart")
+        if self.fill is not None:
+            self.fill.stop("weights_updated")
+        if self._service.prefill is not None:
+            self._service.prefill.refuse_all("weights_updated")
+
+    def give_up(self) -> None:
+        """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
+        self.broken = True
+        self.close()
+        if self.export is not None:
+            self.export.broken = True
+        if self.fill is not None:
+            self.fill.give_up()
 
     @property
     def holds_pages(self) -> bool:
@@ -144,6 +244,20 @@ class EngineSide:
             self._decode.close()
         self._service.close()
         self._plane.close()
+        self._reports.close()
+
+    def _publish_held_back(self) -> None:
+        """SGLang publishes its load after forwards only; whoever reads it should see what waits for KV too."""
+        if self.fill is not None and (held := self.fill.waiting + self.fill.receiving) != self._held_back:
+            self._held_back = held
+            self._scheduler.publish_load_snapshot(force=True)
+
+    def _send_report(self) -> None:
+        """Figures for the API process, when they are due; the last ones as the engine comes to rest."""
+        scheduler = self._scheduler
+        rests = scheduler.running_batch.is_empty() and not scheduler.waiting_queue and not self.holds_pages
+        if (deltas := self._stats.take(needs_steps=not rests)) is not None:
+            self._reports.send(deltas)
 
     def _let_others_run(self) -> None:
         scheduler = self._scheduler
@@ -155,10 +269,34 @@ class EngineSide:
         scheduler = self._scheduler
         return int(scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size())
 
+    def _figures(self) -> dict[str, object]:
+        """What of the debug snapshot metrics are made from."""
+        view: dict[str, object] = {
+            "inactive_reason": "internal_error" if self.broken else "",
+            **self._service.figures(),
+        }
+        if self._decode is not None:
+            view["decode"] = self._decode.figures()
+        if self._prefill is not None:
+            view["prefill"] = self._prefill.figures()
+        return view
+
+    def _engine_state(self) -> dict[str, Any]:
+        """What admission in the API process is told: SGLang's own load signals, and what we know besides."""
+        loads, model = self._scheduler.load_inquirer.get_loads(), self._load.model
+        state = self._queue.state(
+            DecodeState(kv_usage=loads.token_usage, prefill=model.prefill(HERE), decode=model.decode()),
+            self._service.decode.workers() if self._service.decode is not None else (),
+            reorders=self._reorders,
+            kv_capacity_tokens=loads.max_total_num_tokens,
+            max_running=loads.max_running_requests,
+        )
+        return to_plain(state)
+
     def _snapshot(self) -> dict[str, object]:
         page = int(self._scheduler.page_size)
         view: dict[str, object] = {
-            "inactive_reason": "",
+            "inactive_reason": "internal_error" if self.broken else "",
             "kv": {
                 "free_blocks": self._free_tokens() // page,
                 "total_blocks": int(self._scheduler.max_total_num_tokens) // page,

@@ -11,13 +11,28 @@ import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disagg_sglang import BACKEND
 
+if TYPE_CHECKING:
+    from disagg_sglang.api_server import ApiServer
+    from disagg_sglang.engine_side import EngineSide
+
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
+_PARTS = "sglang.srt.managers.scheduler_components"
 _UTILS = "sglang.srt.disaggregation.utils"
+
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+_RUN_PARAMETERS = (
+    "server_args tokenizer_manager template_manager port_args scheduler_infos "
+    "subprocess_watchdog execute_warmup_func launch_callback"
+)
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+_side: "EngineSide | None" = None  # of this process's scheduler
+_api: "ApiServer | None" = None  # of this process's HTTP server
 
 
 class Hook(NamedTuple):
@@ -40,10 +55,22 @@ EVERYWHERE = (
     Hook(f"{_UTILS}.TransferBackend", "replace", None, "extended_backends"),
     Hook(f"{_UTILS}.get_kv_class", "around", ("transfer_backend", "class_type"), "kv_class"),
 )
+IN_API_SERVER = (
+    Hook(
+        f"{_HTTP_SERVER}._setup_and_run_http_server",
+        "before",
+        tuple(_RUN_PARAMETERS.split()),
+        "http_server_starts",
+    ),
+    Hook(f"{_TOKENIZER}._send_one_request", "around", ("self", "tokenized_obj"), "prompt_sent"),
+    Hook(f"{_TOKENIZER}.collect_metrics", "after", ("self", "state", "recv_obj", "i"), "request_measured"),
+)
 IN_SCHEDULER = (
     Hook(f"{_SCHEDULER}.__init__", "after", ("self", "server_args", "port_args"), "scheduler_made"),
     Hook(f"{_SCHEDULER}.ingest_requests", "after", ("self", "stop_at_pause"), "loop_turned"),
     Hook(f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), "request_queued"),
+    Hook(f"{_SCHEDULER}._abort_on_queued_limit", "around", ("self", "recv_req"), "queue_limited"),
+    Hook(f"{_SCHEDULER}._release_aborted_request", "after", ("self", "req"), "request_dropped"),
     Hook(f"{_SCHEDULER}.abort_request", "before", ("self", "recv_req"), "request_aborted"),
     Hook(f"{_SCHEDULER}.is_fully_idle", "after", ("self", "for_health_check", "ignore_waiting"), "asked_if_idle"),
     Hook(f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), "batch_starts"),
@@ -54,6 +81,13 @@ IN_SCHEDULER = (
         ("self", "req", "num_kv_heads"),
         "sender_made",
     ),
+    Hook(f"{_PARTS}.load_inquirer.SchedulerLoadInquirer.get_loads", "after", ("self",), "loads_taken"),
+    Hook(
+        f"{_PARTS}.weight_updater.SchedulerWeightUpdaterManager.record_weight_version_after_update",
+        "after",
+        ("self", "weight_version"),
+        "weights_updated",
+    ),
 )
 _RESOLUTION_STEP = "handle_pd_disaggregation"
 
@@ -61,7 +95,7 @@ _RESOLUTION_STEP = "handle_pd_disaggregation"
 def wanted_here() -> tuple[Hook, ...]:
     """The hooks of this process: a scheduler's child process has more, the detokenizer's none."""
     if multiprocessing.parent_process() is None:
-        return EVERYWHERE
+        return EVERYWHERE + IN_API_SERVER
     return EVERYWHERE + IN_SCHEDULER if _SCHEDULER_MODULE in sys.modules else ()
 
 
@@ -132,55 +166,111 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: An
     return kv_backend.CLASSES.get(class_type.value)
 
 
+# -- API process -------------------------------------------------------------------------------------------------------
+
+
+def http_server_starts(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _api
+    from disagg_sglang import api_server, launch
+
+    if (role := launch.role_of(server_args)) is not None:
+        from sglang.srt.arg_groups.overrides import resolving_view
+
+        _api = api_server.set_up(launch.settings_for(role), resolving_view(server_args))
+
+
+def prompt_sent(original: Callable[..., Any], manager: Any, tokenized_obj: Any) -> Any:
+    if _api is not None:
+        _api.sends(tokenized_obj)
+    return original(manager, tokenized_obj)
+
+
+def request_measured(_result: None, _manager: Any, state: Any, recv_obj: Any, i: int) -> None:
+    if _api is not None and state.finished and recv_obj.finished_reasons[i] is not None:
+        tokens = recv_obj.completion_tokens[i] if getattr(recv_obj, "completion_tokens", None) else 0
+        _api.measured(recv_obj.rids[i], recv_obj.finished_reasons[i], state.time_stats, tokens)
+
+
 # -- scheduler process -------------------------------------------------------------------------------------------------
 
 
 def scheduler_made(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _side
     from disagg_sglang import launch
 
-    scheduler.disagg = None
     if (role := launch.role_of(scheduler.server_args)) is not None:
         from disagg_sglang.engine_side import EngineSide
 
-        scheduler.disagg = EngineSide(scheduler, launch.settings_for(role))
+        _side = EngineSide(scheduler, launch.settings_for(role))
 
 
-def loop_turned(_result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    if scheduler.disagg is not None:
-        scheduler.disagg.step()
+def loop_turned(_result: Any, *_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.step()
 
 
 def request_queued(original: Callable[..., Any], scheduler: Any, req: Any, is_retracted: bool = False) -> Any:
-    side = scheduler.disagg
-    if side is None or side.fill is None or is_retracted:
+    if _side is not None and is_retracted:
+        _side.retracted(req.rid)
+    if _side is None or is_retracted or not _side.take(req, lambda: original(scheduler, req)):
         return original(scheduler, req, is_retracted)
-    if not side.fill.take(req, lambda: original(scheduler, req)):
-        return original(scheduler, req)
     return None
 
 
-def request_aborted(scheduler: Any, recv_req: Any) -> None:
-    if scheduler.disagg is not None and scheduler.disagg.fill is not None:
-        scheduler.disagg.fill.abort(recv_req.rid, everything=recv_req.abort_all)
+def queue_limited(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """As SGLang does it, but with the requests that we keep back in the count."""
+    fill = _side.fill if _side is not None else None
+    if fill is None or not fill.exceeds_queue_limit(recv_req):
+        return fill is None and original(scheduler, recv_req)
+    kept = scheduler.max_queued_requests, scheduler.enable_priority_scheduling
+    scheduler.max_queued_requests = len(scheduler.waiting_queue)
+    scheduler.enable_priority_scheduling = kept[1] and bool(scheduler.waiting_queue)  # it may drop one of these instead
+    try:
+        return original(scheduler, recv_req)
+    finally:
+        scheduler.max_queued_requests, scheduler.enable_priority_scheduling = kept
 
 
-def asked_if_idle(result: bool, scheduler: Any, for_health_check: bool = False, **_kwargs: Any) -> bool:
-    if for_health_check or scheduler.disagg is None:
-        return result
-    return result and not scheduler.disagg.holds_pages
+def request_dropped(_result: None, _scheduler: Any, req: Any) -> None:
+    if _side is not None:
+        _side.dropped(req)
 
 
-def batch_starts(scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-    if scheduler.disagg is not None:
-        scheduler.disagg.batch_starts(batch)
+def request_aborted(_scheduler: Any, recv_req: Any) -> None:
+    if _side is not None:
+        _side.aborted(recv_req.rid, everything=recv_req.abort_all)
 
 
-def cache_flushed(result: bool, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    if result and scheduler.disagg is not None and scheduler.disagg.export is not None:
-        scheduler.disagg.export.cache_reset()
+def asked_if_idle(result: bool, _scheduler: Any, for_health_check: bool = False, **_kwargs: Any) -> bool:
+    return result and (for_health_check or _side is None or not _side.holds_pages)
+
+
+def batch_starts(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.batch_starts(batch)
+
+
+def cache_flushed(result: bool, *_args: Any, **_kwargs: Any) -> None:
+    if result and _side is not None and _side.export is not None:
+        _side.export.cache_reset()
 
 
 def sender_made(result: bool, _queue: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     bind = getattr(req.disagg_kv_sender, "bind", None)  # health checks have SGLang's fake sender
     if result and bind is not None:
         bind(req)
+
+
+def loads_taken(loads: Any, _inquirer: Any) -> None:
+    """``/v1/loads``, its ZMQ and shared-memory forms: what waits for KV waits, as on SGLang's own decode servers."""
+    fill = _side.fill if _side is not None else None
+    if fill is not None:
+        loads.num_waiting_reqs += fill.waiting + fill.receiving
+        loads.disaggregation.mode = "decode"
+        loads.disaggregation.decode_prealloc_queue_reqs = fill.waiting
+        loads.disaggregation.decode_transfer_queue_reqs = fill.receiving
+
+
+def weights_updated(*_args: Any, **_kwargs: Any) -> None:
+    if _side is not None:
+        _side.weights_updated()

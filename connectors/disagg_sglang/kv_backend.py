@@ -14,7 +14,6 @@ but a decode engine's own scheduler thread writes to its pages.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,96 +27,14 @@ from sglang.srt.disaggregation.base.conn import (
     KVTransferMetric,
 )
 
-from disagg_plugin.control.load import LoadTracker
-from disagg_plugin.control.prefill_service import HeldPrompt, PrefillService
-from disagg_plugin.control.prefill_side import PrefillSide
-from disagg_plugin.control.step_times import PromptWork
+from disagg_plugin.control.prompt_export import PromptExport
 from disagg_plugin.errors import TransferError
-from disagg_plugin.kv.commands import Command, RankReport
-from disagg_plugin.kv.dataplane import Completions
 
 logger = logging.getLogger(__name__)
 
 
-class PromptExport:
-    """All prompts that one prefill server computes for others; scheduler's thread."""
-
-    def __init__(
-        self,
-        prefill: PrefillSide,
-        service: PrefillService,
-        load: LoadTracker,
-        *,
-        pages_wait_s: float,
-        step: Callable[[], None],
-        kv_usage: Callable[[], float],
-    ) -> None:
-        self._prefill = prefill
-        self._service = service
-        self._load = load
-        self._kv_usage = kv_usage
-        self.offer_timeout_s = pages_wait_s
-        self.step = step
-        self._senders: dict[str, DisaggKVSender] = {}
-
-    def arrived(self, sender: "DisaggKVSender") -> None:
-        """A request came over HTTP; its offer may still be under way."""
-        self._senders[sender.rid] = sender
-        self._load.arrived(sender.rid, len(sender.prompt))
-        self._publish()
-
-    def ticket_of(self, sender: "DisaggKVSender") -> bool | None:
-        """True: offered; False: another prompt was; None: nothing yet."""
-        transfer_id = self._prefill.offered_in_room(sender.bootstrap_room)
-        if transfer_id is None:
-            return None
-        return self._prefill.new_request(sender.rid, transfer_id, len(sender.prompt), prompt=sender.prompt)
-
-    def batch_starts(self, works: Iterable[PromptWork]) -> None:
-        """A forward that computes these parts of prompts is about to be launched."""
-        for work in works:
-            if (sender := self._senders.get(work.request_id)) is not None:
-                self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
-        self._publish()
-
-    def computed(self, sender: "DisaggKVSender") -> None:
-        """More of the prompt stands in its pages; after the last of it SGLang must keep them while we read."""
-        self._prefill.scheduled(sender.rid, sender.tokens, sender.pages)
-        if sender.tokens >= len(sender.prompt):
-            self._service.holds(HeldPrompt(sender.prompt, sender.cache_salt))
-            sender.holding = self._prefill.finished(sender.rid, completed=True)
-        self.step()
-
-    def gone(self, sender: "DisaggKVSender") -> None:
-        """The request left the engine, however it ended."""
-        if self._senders.pop(sender.rid, None) is not None:
-            self._prefill.finished(sender.rid, completed=False)
-            self.step()  # its pages are SGLang's again after this call: nothing may read them any more
-            self._load.finished(sender.rid)
-            self._publish()
-
-    def commands(self) -> list[Command]:
-        """For the data plane; called once a turn."""
-        return self._prefill.step()
-
-    def cache_reset(self) -> None:
-        """The prefix cache is empty."""
-        self._service.cache_reset()
-
-    def ended(self, report: RankReport, done: Completions) -> None:
-        """What the data plane completed in this turn."""
-        self._prefill.reports((report,))
-        for rid in done.released:
-            self._prefill.released(rid)
-            if (sender := self._senders.get(rid)) is not None:
-                sender.holding = False
-
-    def _publish(self) -> None:
-        self._service.publish(self._load.load(), self._kv_usage())
-
-
 class DisaggKVManager(BaseKVManager):  # type: ignore[misc]  # SGLang is untyped to mypy here
-    """What SGLang asks a backend's manager for; the work is in :class:`PromptExport`."""
+    """What SGLang asks a backend's manager for; the work is in ``PromptExport``."""
 
     def __init__(
         self, args: KVArgs, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False
@@ -149,6 +66,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
         self.rid = ""
         self.prompt: list[int] = []
         self.cache_salt = ""
+        self.priority = 0
         self.pages: tuple[int, ...] = ()
         self.tokens = 0
         self.holding = False
@@ -165,11 +83,14 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
     def bind(self, req: Any) -> None:
         """SGLang's constructor call says nothing of the request itself."""
         self.rid, self.prompt, self.cache_salt = req.rid, req.origin_input_ids.tolist(), req.cache_salt or ""
+        self.priority = req.priority or 0
         self._export.arrived(self)
 
     def poll(self) -> int:
         if self._failure:
             return int(KVPoll.Failed)
+        if self._export.broken:
+            return self._fail("disagg gave up")
         if not self._offered:
             return self._wait_for_offer()
         if self.tokens < len(self.prompt):

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from disagg_plugin.admission.classes import ClassBook
 from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.observability.report_channel import make_address
 from disagg_sglang import BACKEND
 
 CONFIG_FLAG = "--disagg-config"
 CONFIG_VARIABLE = "DISAGG_CONFIG"
+REPORTS_VARIABLE = "DISAGG_REPORTS"  # where the processes of one server meet; set by us
 
 Role = Literal["prefill", "decode"]
 
@@ -60,7 +63,10 @@ def settings_for(role: Role) -> DisaggSettings:
     """
     path = os.environ.get(CONFIG_VARIABLE)
     overrides = {"role": role}
-    return load_settings(Path(path), overrides) if path else load_settings(overrides)
+    settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
+    if settings.cache.active_lmcache is not None:
+        raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    return settings
 
 
 def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -75,10 +81,28 @@ def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
     if role is not None:
         if problem := unsupported_arguments(role, resolving_view(server_args), os.environ):
             raise ConfigError(f"--disaggregation-transfer-backend {BACKEND} does not support {problem}")
-        settings_for(role)  # a mistake in the file is said here, before a model is loaded
+        settings = settings_for(role)  # a mistake in the file is said here, before a model is loaded
+        if REPORTS_VARIABLE not in os.environ:
+            os.environ[REPORTS_VARIABLE] = make_address()
+        if settings.qos.enable_early_rejection:
+            ClassBook(settings.qos)  # as is an API key that cannot be read
+            if fields := priority_arguments(resolving_view(server_args)):
+                declare_resolution(server_args, BACKEND, **fields)
         if role == "decode":
             declare_resolution(server_args, BACKEND, disaggregation_mode="null")
     previous(server_args)
+
+
+def priority_arguments(args: Any) -> dict[str, object]:
+    """So that classes are served in their order, lower numbers first; nothing where the operator has a say in it."""
+    if args.enable_priority_scheduling or args.schedule_policy not in ("fcfs", "lof"):
+        return {}
+    return {
+        "enable_priority_scheduling": True,
+        "schedule_low_priority_values_first": True,
+        "default_priority_value": 0,
+        "disable_priority_preemption": True,  # whoever was let in is served to the end
+    }
 
 
 def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:

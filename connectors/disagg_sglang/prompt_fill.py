@@ -9,21 +9,32 @@ To SGLang an offloaded request is one that waited a little and then found most o
 grammars, logprobs, streaming and aborts are its own, and a transfer that fails costs only what did not land.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.prefill_workers import PrefillWorkers
+from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import Command, RankReport
 from disagg_plugin.kv.dataplane import Completions
-from disagg_sglang.support import local_only_reason
+from disagg_policies.admission_snapshots import ONLY_OFFLOAD
+from disagg_sglang.support import local_only_reason, routing_of
 
 logger = logging.getLogger(__name__)
+
+# what is called of SGLang's prefix cache, with so many arguments: it has several implementations
+_TREE_CALLS = {"match_prefix": 1, "insert": 1, "lock": 1, "unlock": 1, "path_device_indices": 1, "evictable_size": 0}
+MAX_UNKNOWN_ROUTES = 16  # that are named in the log: they come from clients
 
 Enqueue = Callable[[], None]
 
@@ -54,29 +65,49 @@ class _Receiving:
 class PromptFill:
     """All requests of one decode server that wait for KV; scheduler's thread."""
 
-    def __init__(self, scheduler: Any, decode: DecodeSide, workers: PrefillWorkers) -> None:
+    def __init__(self, scheduler: Any, decode: DecodeSide, workers: PrefillWorkers, queue: EngineQueue) -> None:
+        """
+        Raises:
+            ConfigError: The engine's prefix cache has not the calls that are needed.
+        """
         self._scheduler = scheduler
         self._tree = scheduler.tree_cache
+        _require_calls(self._tree)
         self._allocator = scheduler.token_to_kv_pool_allocator
         self._page = int(self._allocator.page_size)
         self._decode = decode
         self._workers = workers
+        self._queue = queue
         self._waiting: dict[str, _Waiting] = {}
         self._receiving: dict[str, _Receiving] = {}
         self._running: dict[str, Any] = {}  # SGLang's again; until they end
         self._queued: list[tuple[Any, Any]] = []  # (request, lock on what it was given) until SGLang locks it itself
         self._unknown_routes: set[tuple[str, int]] = set()
+        self._stopped: str | None = None
 
     @property
     def open(self) -> bool:
         """Whether anything here keeps the engine from being idle."""
         return bool(self._waiting or self._receiving or self._queued)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn, or for room."""
+        return len(self._waiting)
+
+    @property
+    def receiving(self) -> int:
+        """Requests whose pages are being filled."""
+        return len(self._receiving)
+
     def take(self, req: Any, enqueue: Enqueue) -> bool:
         """True if the request waits here; ``enqueue`` is called when it need not any more."""
         if req.rid in self._waiting or req.rid in self._receiving or req.rid in self._running:
             return False  # a client's second request under one id: SGLang's business
+        if self.exceeds_queue_limit(req):
+            return False  # SGLang refuses it
         cached_tokens, _ = self._match(req)
+        self._queue.cached(req.rid, cached_tokens)
         waiting = _Waiting(req, self._view(req), enqueue, cached_tokens)
         answer = self._ask(waiting)
         if isinstance(answer, PrefillLocally):
@@ -87,24 +118,25 @@ class PromptFill:
             self._begin(waiting)
         return True
 
+    def exceeds_queue_limit(self, req: Any) -> bool:
+        """Whether ``--max-queued-requests`` is reached by what waits here and in SGLang's queue together."""
+        limit = self._scheduler.max_queued_requests
+        if limit is None or req.rid in self._running:  # that one was let in when it arrived
+            return False
+        return len(self._scheduler.waiting_queue) + len(self._waiting) + len(self._receiving) >= int(limit)
+
     def commands(self) -> list[Command]:
         """For the data plane; called once a turn."""
         for waiting in list(self._waiting.values()):
             match self._ask(waiting):
                 case PrefillLocally():
-                    del self._waiting[waiting.req.rid]
-                    self._running[waiting.req.rid] = waiting.req
-                    waiting.enqueue()
+                    self._enqueue(waiting)
                 case Claim():
                     self._begin(waiting)
                 case NotYet():
                     pass
         if self._queued:
-            still = {id(req) for req in self._scheduler.waiting_queue}
-            for req, lock in self._queued:
-                if id(req) not in still:
-                    self._tree.unlock(lock)
-            self._queued = [(req, lock) for req, lock in self._queued if id(req) in still]
+            self._unlock_queued()
         self._forget_ended()
         return self._decode.step()
 
@@ -120,7 +152,7 @@ class PromptFill:
         """SGLang is about to abort what begins with ``rid``: show it what waits here, and give its KV up."""
         for running in [known for known in self._running if everything or known.startswith(rid)]:
             del self._running[running]
-            self._decode.finished(running)
+            self._ended(running)
         mine = [waiting.req for waiting in self._waiting.values()]
         mine += [fill.req for fill in self._receiving.values() if fill.enqueue is not None]
         for req in mine:
@@ -128,8 +160,33 @@ class PromptFill:
                 self._waiting.pop(req.rid, None)
                 if (fill := self._receiving.get(req.rid)) is not None:
                     fill.enqueue = None  # its pages are free once the data plane let go of them
-                self._decode.finished(req.rid)
+                self._ended(req.rid)
                 self._scheduler.waiting_queue.append(req)
+
+    def dropped(self, req: Any) -> None:
+        """SGLang drops a request unserved: its queue is full, or it waited too long."""
+        if self._running.pop(req.rid, None) is not None:
+            self._ended(req.rid)
+
+    def stop(self, reason: str) -> None:
+        """From now on every prompt is computed here; of what has not landed yet, nothing is used."""
+        self._stopped = reason
+        for waiting in list(self._waiting.values()):
+            self._ended(waiting.req.rid)
+            self._enqueue(waiting)
+
+    def give_up(self) -> None:
+        """The data plane is closed, nothing lands any more: what waits here is computed here."""
+        for fill in self._receiving.values():
+            self._allocator.free(fill.new_slots)
+            self._tree.unlock(fill.lock)
+        for _, lock in self._queued:
+            self._tree.unlock(lock)
+        held = [waiting.enqueue for waiting in self._waiting.values()]
+        held += [fill.enqueue for fill in self._receiving.values() if fill.enqueue is not None]
+        self._waiting, self._receiving, self._running, self._queued = {}, {}, {}, []
+        for enqueue in held:
+            enqueue()
 
     def snapshot(self) -> dict[str, int]:
         """For the debug view."""
@@ -137,25 +194,55 @@ class PromptFill:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _forget_ended(self) -> None:
-        """Of requests that it drops unserved SGLang says nothing; once it has none at all, they are gone."""
+    def _ended(self, rid: str) -> None:
+        self._decode.finished(rid)
+        self._queue.finished(rid)
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        """The prompt is computed here after all."""
+        del self._waiting[waiting.req.rid]
+        self._running[waiting.req.rid] = waiting.req
+        waiting.enqueue()
+
+    def _computes_nothing(self) -> bool:
         scheduler = self._scheduler
-        queued = scheduler.waiting_queue or scheduler.chunked_req or scheduler.grammar_manager.grammar_queue
-        none = not queued and scheduler.running_batch.is_empty() and scheduler.last_batch is None
+        return scheduler.running_batch.is_empty() and scheduler.last_batch is None and scheduler.chunked_req is None
+
+    def _unlock_queued(self) -> None:
+        """Locks end when SGLang took the request, and when they may be what keeps it from taking any.
+
+        Many prompts that landed at once may lock so much of the pool that none of them fits with its output: then
+        nothing would run, and nothing would ever be freed. Unlocked, what the first one lacks room for is evicted.
+        """
+        scheduler = self._scheduler
+        still = {id(req) for req in scheduler.waiting_queue}
+        if self._computes_nothing() or scheduler._engine_paused:  # although they were queued a turn ago
+            still = set()
+        for req, lock in self._queued:
+            if id(req) not in still:
+                self._tree.unlock(lock)
+        self._queued = [(req, lock) for req, lock in self._queued if id(req) in still]
+
+    def _forget_ended(self) -> None:
+        """Requests that were served; and once SGLang has none at all, all: a safety net under ``dropped``."""
+        scheduler = self._scheduler
+        none = self._computes_nothing() and not (scheduler.waiting_queue or scheduler.grammar_manager.grammar_queue)
         for rid, req in list(self._running.items()):
             if none or req.finished():
                 del self._running[rid]
-                self._decode.finished(rid)
+                self._ended(rid)
 
     def _ask(self, waiting: _Waiting) -> PrefillLocally | NotYet | Claim:
         free_tokens = int(self._allocator.available_size() + self._tree.evictable_size())
-        return self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
+        answer = self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
+        self._queue.landing(waiting.req.rid, not isinstance(answer, PrefillLocally))
+        return answer
 
     def _view(self, req: Any) -> PromptView:
-        local_only = local_only_reason(req)
+        local_only = self._stopped or local_only_reason(req)
         route = None
         if local_only is None and req.bootstrap_room is not None:
-            where = (str(req.bootstrap_host), int(req.bootstrap_port))
+            where = (str(req.bootstrap_host), int(req.bootstrap_port or 0))
             worker = self._workers.worker_at(*where)
             if worker is not None:
                 route = Route(worker, int(req.bootstrap_room))
@@ -171,10 +258,11 @@ class PromptFill:
             cache_salt=req.cache_salt or "",
             priority=req.priority or 0,
             route=route,
+            only_offload=routing_of(req) == ONLY_OFFLOAD,
         )
 
     def _say_unknown(self, where: tuple[str, int]) -> None:
-        if where not in self._unknown_routes:
+        if where not in self._unknown_routes and len(self._unknown_routes) < MAX_UNKNOWN_ROUTES:
             self._unknown_routes.add(where)
             logger.warning(
                 "disagg: a router names %s:%d, which is none of prefill_workers or not connected: prefilled locally",
@@ -183,16 +271,12 @@ class PromptFill:
 
     def _match(self, req: Any) -> tuple[int, Any]:
         """(tokens of the prompt that the prefix cache holds, the node where they end)."""
-        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-
         key = _key(req, len(req.origin_input_ids) - 1)
         result = self._tree.match_prefix(MatchPrefixParams(key=key.page_aligned(self._page)))
         return int(result.device_prefix_len), result.last_device_node
 
     def _begin(self, waiting: _Waiting) -> None:
         """Pages for what is missing; if there are none right now, the next turn asks again."""
-        from sglang.srt.mem_cache.common import evict_from_tree_cache
-
         req = waiting.req
         cached, node = self._match(req)
         if cached != waiting.cached_tokens:
@@ -216,11 +300,10 @@ class PromptFill:
 
     def _insert(self, fill: _Receiving, invalid: frozenset[int]) -> None:
         """Give what landed to the prefix cache and the rest back, then let the request be queued."""
-        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
-
         cached, page = len(fill.prefix_slots), self._page
         first_new = cached // page
         good = next((at for at in range(first_new, len(fill.pages)) if fill.pages[at] in invalid), len(fill.pages))
+        good = first_new if self._stopped else good
         tokens = min(good, fill.end_token // page) * page
         if tokens > cached:
             slots = torch.cat([fill.prefix_slots, fill.new_slots])[:tokens].to(torch.int64)
@@ -239,7 +322,13 @@ class PromptFill:
         fill.enqueue()
 
 
-def _key(req: Any, tokens: int) -> Any:
-    from sglang.srt.mem_cache.radix_cache import RadixKey
+def _require_calls(tree: Any) -> None:
+    for name, arguments in _TREE_CALLS.items():
+        try:
+            inspect.signature(getattr(tree, name)).bind(*[None] * arguments)
+        except (AttributeError, TypeError) as error:
+            raise ConfigError(f"disagg does not fit SGLang's prefix cache {type(tree).__name__}: {error}") from None
 
+
+def _key(req: Any, tokens: int) -> Any:
     return RadixKey(req.origin_input_ids[:tokens], req.extra_key, cache_salt=req.cache_salt)

@@ -1,24 +1,13 @@
-"""``GET /disagg/status``: this API server's figures as JSON; an ASGI middleware, there only if the user asked for it.
+"""The admin route in vLLM's API servers; these guard their own paths only, so the route asks for the key."""
 
-vLLM's own authentication guards its API paths only, so the route asks for the key itself where the server has one.
-"""
-
-import json
 import os
-import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from disagg_plugin.admission.gate import Gate
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.observability.admin_route import AdminPaths, App, Scope
 from disagg_plugin.observability.frontend import Frontend
 
-PATH = "/disagg/status"
 MIDDLEWARE = "disagg_vllm.admin_route.AdminRoute"
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 
 def wanted_middleware(settings: DisaggSettings) -> tuple[str, ...]:
@@ -26,37 +15,11 @@ def wanted_middleware(settings: DisaggSettings) -> tuple[str, ...]:
     return (MIDDLEWARE,) if settings.observability.admin_route else ()
 
 
-class AdminRoute:
-    """Answers its one path and passes everything else on."""
+class AdminRoute(AdminPaths):
+    """vLLM makes it by its name."""
 
     def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(
-        self,
-        scope: Scope,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) != PATH:
-            await self._app(scope, receive, send)
-            return
-        status, body = _answer(scope)
-        headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
-
-
-def _answer(scope: Scope) -> tuple[int, dict[str, object]]:
-    if scope["method"] != "GET":
-        return 405, {"error": "GET only"}
-    if not _authorized(scope):
-        return 401, {"error": "Unauthorized"}
-    figures = _frontend()
-    if figures is None:
-        return 503, {"error": "the engine has not started yet"}
-    status, gate = figures.status(), _gate()
-    return 200, status if gate is None else {**status, "gate": gate.status()}
+        super().__init__(app, figures=lambda: _frontend(), gate=lambda: _gate(), keys=_keys)
 
 
 def _frontend() -> Frontend | None:
@@ -69,17 +32,6 @@ def _gate() -> Gate | None:
     from disagg_vllm.admission import gate
 
     return gate()
-
-
-def _authorized(scope: Scope) -> bool:
-    """As for vLLM's API: any of the server's keys, as a bearer token."""
-    keys = _keys(scope)
-    if not keys:
-        return True
-    given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-    scheme, _, token = given.partition(b" ")
-    matches = [secrets.compare_digest(token, key.encode()) for key in keys]
-    return scheme.lower() == b"bearer" and any(matches)
 
 
 def _keys(scope: Scope) -> list[str]:

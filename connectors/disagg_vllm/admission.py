@@ -13,22 +13,17 @@ import inspect
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from disagg_plugin.admission.admitter import Admitter
-from disagg_plugin.admission.board import Board, create_board
+from disagg_plugin.admission.board import create_board
 from disagg_plugin.admission.classes import ClassBook
-from disagg_plugin.admission.engine_state import from_plain
 from disagg_plugin.admission.gate import Gate
 from disagg_plugin.admission.middleware import AdmissionMiddleware, App, Receive, Scope, Send, current_ticket
-from disagg_plugin.admission.prefix_memory import PrefixMemory
+from disagg_plugin.admission.site import Site
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.hookspecs import PolicyParameters
-from disagg_plugin.plugins import choose, load_plugins
 from disagg_vllm.settings import settings_of
 from disagg_vllm.support import ROUTING_KEY
 
@@ -66,21 +61,6 @@ def prepare(namespace: Any, settings: DisaggSettings, args: Sequence[str]) -> No
         os.environ[BOARD_ENV] = str(_make_board())
 
 
-def make_gate(settings: DisaggSettings) -> Gate:
-    """The gate of one API server."""
-    qos = settings.qos
-    parameters = PolicyParameters(
-        prefill_queue_max=settings.split_policy.prefill_queue_max,
-        reject_on_slo_violation=qos.reject_on_slo_violation,
-        low_priority_threshold_s=None if qos.low_priority_threshold_ms is None else qos.low_priority_threshold_ms / 1e3,
-        degrade_from=qos.degrade_from,
-        degrade_hysteresis=qos.degrade_hysteresis,
-    )
-    chosen = choose(load_plugins(settings.policy), settings.policy).admission
-    admitter = Admitter(chosen, parameters, bound_s=settings.policy.hook_timeout_ms / 1e3)
-    return Gate(qos, admitter, accepts_transfers=settings.role != "decode")
-
-
 class EarlyRejection:
     """vLLM's ``--middleware``: makes the gate with the first request, when the engine's client is there."""
 
@@ -102,26 +82,7 @@ def gate() -> Gate | None:
     return _site.gate if _site is not None else None
 
 
-class _Site:
-    """What one API server has of this."""
-
-    def __init__(self, gate: Gate, board: Board | None, memory: PrefixMemory | None, *, by_priority: bool) -> None:
-        self.gate = gate
-        self.by_priority = by_priority
-        self.board = board
-        self.memory = memory
-
-    def heard(self, engine: int, state: Mapping[str, Any]) -> None:
-        """An engine's report came with its statistics."""
-        self.gate.update(from_plain(state), str(engine))
-        self.sync()
-
-    def sync(self) -> None:
-        if self.board is not None:
-            self.board.sync(self.gate, time.monotonic())
-
-
-_site: _Site | None = None
+_site: Site | None = None
 
 
 def _guard(app: App, scope: Scope) -> App:
@@ -137,8 +98,6 @@ def _guard(app: App, scope: Scope) -> App:
         logger.exception("disagg: early rejection is not active: no gate can be made; every request is admitted")
         return app
     site = _site
-    if not site.by_priority:
-        logger.info("disagg: the engine does not schedule by priority: classes differ in what is refused only")
     guarded = AdmissionMiddleware(app, site.gate, sets_priority=lambda: site.by_priority)
 
     async def synced(scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,30 +107,19 @@ def _guard(app: App, scope: Scope) -> App:
     return synced
 
 
-def _make_site(config: Any) -> _Site:
-    from disagg_plugin.observability.slo import SloTarget
+def _make_site(config: Any) -> Site:
     from disagg_vllm.stats import frontend, on_engine_state
 
-    settings = settings_of(config.kv_transfer_config)
-    gate = make_gate(settings)
-    board = None
-    if getattr(config.parallel_config, "_api_process_count", 1) > 1:
-        board = Board(Path(os.environ[BOARD_ENV]))
-        gate.also_count(board.work)
-    memory = PrefixMemory() if config.cache_config.enable_prefix_caching else None
-    site = _Site(gate, board, memory, by_priority=config.scheduler_config.policy == "priority")
+    site = Site(
+        settings_of(config.kv_transfer_config),
+        by_priority=config.scheduler_config.policy == "priority",
+        caches_prefixes=config.cache_config.enable_prefix_caching,
+        board=Path(os.environ[BOARD_ENV]) if getattr(config.parallel_config, "_api_process_count", 1) > 1 else None,
+    )
     on_engine_state(site.heard)
     if (figures := frontend()) is not None:
-        targets = {one.name: SloTarget(ttft_s=one.ttft_slo_s, tpot_s=one.tpot_slo_s) for one in gate.book.classes}
-        figures.configure_slo(
-            targets, default_class=settings.qos.default_class, objective=settings.observability.slo_objective
-        )
-        gate.observer = figures
-    logger.info(
-        "disagg: early rejection is active: policy %s, classes %s",
-        ", ".join(settings.policy.admission),
-        ", ".join(f"{one.name} (TTFT {one.ttft_slo_s:g} s)" for one in gate.book.classes),
-    )
+        site.observe(figures)
+    site.say()
     return site
 
 
@@ -205,21 +153,10 @@ def _check_exactly(request: Any) -> None:
     token_ids = getattr(request, "prompt_token_ids", None)
     if ticket is None or site is None or token_ids is None:
         return
-    hashes: list[int] = []
-    cached_tokens = None
-    if site.memory is not None:
-        lora = request.lora_request.lora_name if request.lora_request is not None else ""
-        hashes = site.memory.hashes(token_ids, salt=request.cache_salt or "", lora=lora)
-        cached_tokens = site.memory.cached_tokens(hashes)
-        if site.board is not None:  # the rest of the conversation may have gone through another API server
-            cached_tokens = max(cached_tokens, ticket.route.cached_tokens(len(token_ids)))
-    refusal = site.gate.exact(ticket, request.request_id, len(token_ids), cached_tokens)
+    lora = request.lora_request.lora_name if request.lora_request is not None else ""
+    refusal = site.exact(ticket, request.request_id, token_ids, salt=request.cache_salt or "", lora=lora)
     if refusal is not None:
         raise _refused(refusal.answer.reason, unavailable=refusal.answer.unavailable)
-    if site.memory is not None:
-        if cached_tokens is not None:
-            ticket.route.saw_cached(len(token_ids), cached_tokens)
-        site.memory.remember(hashes, site.gate.kv_capacity_tokens() or 1 << 20)
     if site.by_priority:
         request.priority = ticket.service_class.priority
     _classify(request, ticket.service_class.name)

@@ -108,7 +108,7 @@ def fold(args: Sequence[str], flags: Sequence[_Flag] = FLAGS) -> list[str]:
 
 
 def check_startup(settings: "DisaggSettings", ranks: Sequence[int] = (0,)) -> None:
-    """Find before the engine starts what would stop it minutes later: keys, and the side channel's ports.
+    """Find before the engine starts what would stop it minutes later: keys, LMCache, the side channel's ports.
 
     Args:
         ranks: Data-parallel ranks that this command starts here; rank r binds to ``side_channel.port + r``.
@@ -117,10 +117,13 @@ def check_startup(settings: "DisaggSettings", ranks: Sequence[int] = (0,)) -> No
         ConfigError: In one line.
     """
     from disagg_plugin.control.keys import KeyRing
+    from disagg_plugin.lmcache_check import check_lmcache
 
     channel = settings.side_channel
     if channel.keys_dir is not None:
         KeyRing.load(Path(channel.keys_dir))
+    if (lmcache := settings.cache.active_lmcache) is not None:
+        check_lmcache(lmcache)
     if channel.port == 0:
         return
     for rank in ranks:

@@ -2,12 +2,13 @@
 
 Of the base class's ~40 methods we override those below; the others keep the engine's defaults on purpose: loads and
 saves are asynchronous and never per layer, so the two per-layer hooks do nothing, piecewise CUDA graphs are not
-needed, and no cache layout is required (canonical KV does not depend on it).
+needed, and no cache layout is required (canonical KV does not depend on it). With ``cache.lmcache`` there is a child
+connector; ``lmcache_tier`` says which calls reach it.
 
     scheduler process                                 worker, per step
     on_new_request                                    bind_connector_metadata
-    get_num_new_matched_tokens    each step           start_load_kv                  apply commands
-    update_state_after_alloc                          wait_for_save                  export, scatter
+    get_num_new_matched_tokens    each step           start_load_kv                  apply commands, LMCache's loads
+    update_state_after_alloc                          wait_for_save                  export, scatter, LMCache's saves
     build_connector_meta          commands down ────▶ get_finished, get_block_ids_with_load_errors
     update_connector_output       ◀──── reports up    build_connector_worker_meta
     request_finished
@@ -25,9 +26,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from disagg_vllm.cli_flags import settle_failure_policy
+from disagg_vllm.lmcache_child import child_class, child_config, create_child
+from disagg_vllm.lmcache_tier import LMCacheScheduler, LMCacheWorker
 from disagg_vllm.metadata import RankHandshake
 from disagg_vllm.scheduler_side import SchedulerSide
 from disagg_vllm.settings import settings_of
@@ -35,11 +39,14 @@ from disagg_vllm.stats import DisaggPromMetrics, build_stats
 from disagg_vllm.worker_side import WorkerSide, any_commands
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent, KVConnectorKVEvents
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -61,10 +68,16 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         settings = settings_of(self._kv_transfer_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        lmcache = settings.cache.active_lmcache
+        child, problem = create_child(vllm_config, role, kv_cache_config, lmcache) if lmcache else (None, "")
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, settings)
+            block_size = vllm_config.cache_config.block_size
+            tier = LMCacheScheduler(child, problem, lmcache, block_size=block_size) if lmcache else None
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, settings, tier)
         else:
-            self._worker = WorkerSide(vllm_config, kv_cache_config, settings)
+            self._worker = WorkerSide(
+                vllm_config, kv_cache_config, settings, LMCacheWorker(child, problem) if lmcache else None
+            )
 
     # -- scheduler process -------------------------------------------------------------------------------------
 
@@ -72,6 +85,11 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
     def scheduler(self) -> SchedulerSide:
         assert self._scheduler is not None, "a scheduler call on a worker's connector"
         return self._scheduler
+
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self.scheduler.tier is not None:
+            self.scheduler.tier.child.set_up("bind_kv_cache_manager", kv_cache_manager)
 
     def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
         self.scheduler.bind_block_pool(gpu_block_pool)
@@ -86,9 +104,10 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         return self.scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        if num_external_tokens > 0:
-            (block_ids,) = blocks.get_block_ids()
-            self.scheduler.allocated(request, tuple(block_ids), num_external_tokens)
+        self.scheduler.allocated(request, blocks, num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[CacheHitSource, int]:
+        return self.scheduler.hit_sources(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         return self.scheduler.build_commands(scheduler_output)
@@ -105,6 +124,15 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
 
     def has_pending_block_frees(self) -> bool:
         return self.scheduler.holds_blocks
+
+    def take_events(self) -> "Iterable[KVCacheEvent]":
+        tier = self.scheduler.tier
+        return (tier.child.call("take_events") if tier is not None else None) or ()
+
+    def reset_cache(self) -> bool | None:
+        tier = self._scheduler.tier if self._scheduler is not None else None
+        done: bool | None = tier.child.call("reset_cache") if tier is not None else super().reset_cache()
+        return done
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Only the scheduler's side sends any: the ranks' counters come to it with their reports."""
@@ -139,8 +167,19 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self.worker.handshake()
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.bind(any_commands(connector_metadata))
+
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self.worker.unbind()
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self.worker.preempt(any_commands(kv_connector_metadata))
+
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        self.worker.begin_step(any_commands(self._connector_metadata))
+        self.worker.begin_step(any_commands(self._connector_metadata), forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: the engine runs a request only after its whole load."""
@@ -159,6 +198,38 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self.worker.report(any_commands(self._connector_metadata).number)
+
+    def get_kv_connector_kv_cache_events(self) -> "KVConnectorKVEvents | None":
+        return self._of_child("get_kv_connector_kv_cache_events")
+
+    def get_mem_pool_context(self) -> "AbstractContextManager[Any] | None":
+        context: AbstractContextManager[Any] | None = self._of_child("get_mem_pool_context")
+        return context
+
+    def set_host_xfer_buffer_ops(self, copy_operation: Any) -> None:
+        self._of_child("set_host_xfer_buffer_ops", copy_operation)
+
+    def finish_forward(self) -> None:
+        self._of_child("finish_forward")
+
+    def reset_capture_state(self) -> None:
+        self._of_child("reset_capture_state")
+
+    def _of_child(self, method: str, *args: Any) -> Any:
+        """What only LMCache has an answer to; None without it."""
+        tier = self._worker.tier if self._worker is not None else None
+        return tier.child.call(method, *args) if tier is not None else None
+
+    # -- before there is one -----------------------------------------------------------------------------------
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
+        lmcache = settings_of(vllm_config.kv_transfer_config).cache.active_lmcache
+        if lmcache is None:
+            return None
+        config = child_config(vllm_config, lmcache)
+        layout: str | None = child_class(config).get_required_kvcache_layout(config)
+        return layout
 
     # -- both --------------------------------------------------------------------------------------------------
 

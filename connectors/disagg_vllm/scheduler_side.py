@@ -4,10 +4,12 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
-from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, PromptView, Route
+from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, Route
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import Held
 from disagg_plugin.control.load import LoadTracker
@@ -19,22 +21,24 @@ from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
+from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
-from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_policies.snapshots import DecodeState
 from disagg_vllm.identity import model_identity
+from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
 from disagg_vllm.prefix_cache import can_look_up
-from disagg_vllm.scheduler_stats import SchedulerStats
+from disagg_vllm.prompts import adapter_of, held_prompt, prompt_view
 from disagg_vllm.stats import DisaggStats
-from disagg_vllm.support import dp_rank_of, http_dp_rank_of, local_only_reason, routing_of, unsupported_engine
+from disagg_vllm.support import dp_rank_of, http_dp_rank_of, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -48,13 +52,21 @@ MAX_SAID = 16  # hosts that requests may name and we complain about
 class SchedulerSide:
     """One DP rank's scheduler process. Inactive (every request local) until ``ranks_ready`` found no problem."""
 
-    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", settings: DisaggSettings) -> None:
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+        settings: DisaggSettings,
+        tier: LMCacheScheduler | None = None,
+    ) -> None:
+        self.tier = tier
+        self._undecided: dict[str, Request] = {}  # arrived, and LMCache has not answered
         self._vllm_config = vllm_config
         self._settings = settings
         self._block_size: int = vllm_config.cache_config.block_size
         self._block_pool: BlockPool | None = None
         self._looks_up = False
-        self._load = LoadTracker()
+        self._load = LoadTracker(by_priority=vllm_config.scheduler_config.policy == "priority")
         self._step = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
         self._cache_map: object = None  # vLLM's; a new one each time it empties its prefix cache
@@ -63,7 +75,7 @@ class SchedulerSide:
         self._prefill: PrefillSide | None = None
         self._journal = Journal()
         self._endpoints: tuple[RankEndpoint, ...] = ()
-        self.figures = SchedulerStats(
+        self.figures = EngineStats(
             settings,
             self._journal,
             self._figures,
@@ -89,6 +101,8 @@ class SchedulerSide:
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
         """All workers have registered their caches: start the side channel, or say once why not."""
+        if self.tier is not None:  # whatever becomes of the rest: it serves local prompts as well
+            self.tier.ready([r.lmcache_problem for r in ranks.values()])
         problem = next((r.problem for r in ranks.values() if r.problem), "")
         if self._announce_inactive or problem:
             self.inactive_reason = problem or self.inactive_reason
@@ -151,6 +165,8 @@ class SchedulerSide:
         if self._service is not None:
             self._service.close()
             self._service = None
+        if self.tier is not None:
+            self.tier.child.close()
         self._spans.close()
 
     # -- the engine's calls, in the order of a step ------------------------------------------------------------
@@ -165,73 +181,108 @@ class SchedulerSide:
         if self._prefill is not None:
             transfer_id = transfer_id_of(request.kv_transfer_params)
             ours = transfer_id is not None and self._prefill.new_request(
-                request.request_id, transfer_id, prompt_tokens, adapter=_adapter_of(request)
+                request.request_id, transfer_id, prompt_tokens, adapter=adapter_of(request)
             )
-            if (prompt := _held_prompt(request)) is not None:
+            if (prompt := held_prompt(request)) is not None:
                 self._prompts[request.request_id] = prompt
                 if not ours and wants_hold(request.kv_transfer_params):
-                    held = Held(prompt.token_ids, (prompt.lora, prompt.salt), _adapter_of(request))
+                    held = Held(prompt.token_ids, (prompt.lora, prompt.salt), adapter_of(request))
                     self._prefill.hold(request.request_id, held)
                     ours = True
         if ours or self._decode is None:
-            self._load.arrived(request.request_id, prompt_tokens)
+            self._load.arrived(request.request_id, prompt_tokens, priority=request.priority)
         elif self._looks_up:
-            assert self._block_pool is not None
-            self._answer(request, cached_tokens_of(self._block_pool, request, self._block_size), self._decode)
+            self._decide_early(request)
         if self._prefill is not None:
             self._publish_load()
 
     def match(self, request: "Request", cached_tokens: int) -> tuple[int | None, bool]:
         """vLLM's form of an answer: (tokens or None for "not yet", loaded asynchronously)."""
+        stored_tokens = self._stored(request, cached_tokens)
+        if stored_tokens is None:
+            return None, False
+        self._undecided.pop(request.request_id, None)
         if self._queue is not None:
-            self._queue.cached(request.request_id, cached_tokens)
-        if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
-            return 0, False
-        match self._answer(request, cached_tokens, self._decode):
-            case Claim(tokens):
-                return tokens, True
-            case NotYet():
-                return None, False
-            case _:
-                return 0, False
+            self._queue.cached(request.request_id, cached_tokens + stored_tokens)
+        wire_tokens = self._match_wire(request, cached_tokens, stored_tokens)
+        if wire_tokens is None:
+            return None, False
+        if self.tier is not None:
+            self.tier.promise(request.request_id, cached_tokens, stored_tokens)
+        return stored_tokens + wire_tokens, stored_tokens + wire_tokens > 0
 
-    def _answer(self, request: "Request", cached_tokens: int, decode: DecodeSide) -> Answer:
+    def _stored(self, request: "Request", cached_tokens: int) -> int | None:
+        """What LMCache will load beyond the engine's own cache; None for "not yet"."""
+        return self.tier.look_up(request, cached_tokens) if self.tier is not None else 0
+
+    def _decide_early(self, request: "Request") -> None:
+        """At a request's arrival, and each step until LMCache has answered: its turn may be far away."""
+        assert self._decode is not None
+        assert self._block_pool is not None
+        cached_tokens = cached_tokens_of(self._block_pool, request, self._block_size)
+        stored_tokens = self._stored(request, cached_tokens)
+        if stored_tokens is None:
+            self._undecided[request.request_id] = request
+        else:
+            self._undecided.pop(request.request_id, None)
+            self._answer(request, cached_tokens, stored_tokens, self._decode)
+
+    def _match_wire(self, request: "Request", cached_tokens: int, stored_tokens: int) -> int | None:
+        """What a prefill worker will send beyond what D's own cache and LMCache hold; None for "not yet"."""
+        if self._decode is None or (self._prefill is not None and self._prefill.is_ours(request.request_id)):
+            return 0
+        match self._answer(request, cached_tokens, stored_tokens, self._decode):
+            case Claim(tokens):
+                return tokens
+            case NotYet():
+                return None
+            case _:
+                return 0
+
+    def _answer(self, request: "Request", cached_tokens: int, stored_tokens: int, decode: DecodeSide) -> Answer:
         """Decide at the first call, when the request arrives; what became of it at the others, when its turn comes."""
-        local_only, route = local_only_reason(request), None
+        local_only, route = None, None
         if is_handed_over(request.kv_transfer_params) and not decode.knows(request.request_id):
             route = self._route_of(request)
-            local_only = local_only or ("unknown_holder" if route is None else None)
-        prompt = PromptView(
-            request_id=request.request_id,
-            token_ids=request.prompt_token_ids or (),
-            local_only=local_only,
-            http_fields=_http_fields(request),
-            http_headers=tuple(self._spans.headers_of(request.request_id).items()),
-            cache_salt=request.cache_salt or "",
-            lora=request.lora_request.lora_name if request.lora_request is not None else "",
-            adapter=_adapter_of(request),
-            priority=request.priority,
-            only_offload=routing_of(request) == ONLY_OFFLOAD,
-            route=route,
+            local_only = "unknown_holder" if route is None else None
+        prompt = prompt_view(request, self._spans.headers_of(request.request_id), local_only=local_only, route=route)
+        answer = decode.match(
+            prompt,
+            cached_tokens,
+            free_tokens=self._free_tokens(),
+            lmcache_tokens=cached_tokens + stored_tokens if stored_tokens else 0,
         )
-        answer = decode.match(prompt, cached_tokens, free_tokens=self._free_tokens())
         if self._queue is not None:
             self._queue.landing(request.request_id, not isinstance(answer, PrefillLocally))
         return answer
 
-    def allocated(self, request: "Request", block_ids: tuple[int, ...], external_tokens: int) -> None:
-        if self._decode is not None:
-            self._decode.allocated(request.request_id, block_ids, external_tokens)
+    def allocated(self, request: "Request", blocks: "KVCacheBlocks", external_tokens: int) -> None:
+        wire_tokens = external_tokens
+        if self.tier is not None:
+            wire_tokens = self.tier.allocated(request, blocks, external_tokens)
+        if self._decode is not None and wire_tokens:
+            (block_ids,) = blocks.get_block_ids()
+            self._decode.allocated(request.request_id, tuple(block_ids), wire_tokens)
+
+    def hit_sources(self, request: "Request", external_tokens: int) -> dict[CacheHitSource, int]:
+        """Where an allocated request's external tokens come from, as vLLM counts them."""
+        loads = self.tier.hit_tokens(request.request_id) if self.tier is not None else 0
+        stored_tokens = min(loads, external_tokens)
+        split = {CacheHitSource.HOST: stored_tokens, CacheHitSource.P2P: external_tokens - stored_tokens}
+        return {source: tokens for source, tokens in split.items() if tokens}
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
         self._step += 1
         commands: list[Command] = []
+        for request in list(self._undecided.values()):
+            self._decide_early(request)
         self._count_step(output)
         if self._prefill is not None:
             commands += self._prefill.step()
         if self._decode is not None:
             commands += self._decode.step()
-        return StepCommands(tuple(commands), computes=output.total_num_scheduled_tokens > 0, number=self._step)
+        tier = self.tier.build_step(output) if self.tier is not None else None
+        return StepCommands(tuple(commands), output.total_num_scheduled_tokens > 0, self._step, tier)
 
     def _count_step(self, output: "SchedulerOutput") -> None:
         """What this step computes: for the load, for the model of our own speed, and for what P exports."""
@@ -274,6 +325,12 @@ class SchedulerSide:
             if self._prefill is not None:
                 self._prefill.reports(reports.reports)
             self._load.step_ended(reports.number)
+            if self._decode is not None:
+                for request_id in set(reports.lmcache_failed):
+                    self._decode.prefix_failed(request_id)
+        if self.tier is not None:
+            told = reports if isinstance(reports, StepReports) else StepReports()
+            self.tier.update(output, told.lmcache_failed, told.lmcache_problem)
         if self._decode is not None:
             for request_id in output.finished_recving or ():
                 self._decode.load_completed(request_id)
@@ -284,15 +341,18 @@ class SchedulerSide:
     def finished(self, request: "Request", *, completed: bool) -> bool:
         """The request ended; True if its blocks must stay until the workers release them."""
         self.figures.request_ended()
+        self._undecided.pop(request.request_id, None)
         if self._queue is not None:
             self._queue.finished(request.request_id)
         if self._decode is not None:
             self._decode.finished(request.request_id)
         self._load.finished(request.request_id)
-        if self._prefill is None:
-            return False
         self._prompts.pop(request.request_id, None)
-        return self._prefill.finished(request.request_id, completed=completed)
+        wire = self._prefill is not None and self._prefill.finished(request.request_id, completed=completed)
+        store = self.tier is not None and self.tier.finished(request)
+        if self.tier is not None and (wire or store):
+            self.tier.sent_by(request.request_id, store=store, wire=wire)
+        return wire or store
 
     def hand_over(self, request: "Request", block_ids: list[int]) -> dict[str, Any] | None:
         """What a router's decode engine must be told to get the KV of a request that ended; None if it is not held."""
@@ -313,7 +373,8 @@ class SchedulerSide:
 
     @property
     def needs_steps(self) -> bool:
-        return self._prefill is not None and self._prefill.needs_steps
+        late = self.tier is not None and self.tier.needs_steps
+        return late or (self._prefill is not None and self._prefill.needs_steps)
 
     @property
     def holds_blocks(self) -> bool:
@@ -321,7 +382,8 @@ class SchedulerSide:
 
     def stats(self) -> DisaggStats | None:
         """What the API server should hear after this step."""
-        return self.figures.take(needs_steps=self.needs_steps)
+        deltas = self.figures.take(needs_steps=self.needs_steps)
+        return DisaggStats(deltas.data) if deltas is not None else None
 
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
@@ -330,6 +392,8 @@ class SchedulerSide:
             view["decode"] = self._decode.figures()
         if self._prefill is not None:
             view["prefill"] = self._prefill.figures()
+        if self.tier is not None:
+            view["lmcache"] = self.tier.snapshot()
         if self._service is not None:
             view |= self._service.figures()
         return view
@@ -352,6 +416,7 @@ class SchedulerSide:
             reorders=scheduler.policy == "priority",
             kv_capacity_tokens=self._capacity_tokens() or None,
             max_running=scheduler.max_num_seqs,
+            decode_stall_s=self._load.decode_stall_s,
         )
         return to_plain(state)
 
@@ -410,31 +475,10 @@ class SchedulerSide:
                 "total_blocks": self._block_pool.num_gpu_blocks,
                 "block_size": self._block_size,
             }
+        if self.tier is not None:
+            view["lmcache"] = self.tier.snapshot()
         if self._decode is not None:
             view["decode"] = self._decode.snapshot()
         if self._prefill is not None:
             view["prefill"] = self._prefill.snapshot()
         return view
-
-
-def _held_prompt(request: "Request") -> HeldPrompt | None:
-    """The prompt as both sides hash it, or None for one that is more than its token ids."""
-    if request.prompt_token_ids is None or request.mm_features:
-        return None
-    lora = request.lora_request.lora_name if request.lora_request is not None else ""
-    return HeldPrompt(request.prompt_token_ids, request.cache_salt or "", lora)
-
-
-def _adapter_of(request: "Request") -> str:
-    """Where the files of the request's LoRA adapter are; what is no folder of this machine cannot be compared."""
-    return str(request.lora_request.lora_path) if request.lora_request is not None else ""
-
-
-def _http_fields(request: "Request") -> tuple[tuple[str, object], ...]:
-    """What must travel with the prompt: everything that shapes its KV, nothing that only shapes sampling."""
-    fields: list[tuple[str, object]] = []
-    if request.lora_request is not None:
-        fields.append(("model", request.lora_request.lora_name))
-    if request.cache_salt:
-        fields.append(("cache_salt", request.cache_salt))
-    return tuple(fields)

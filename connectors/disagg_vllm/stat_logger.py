@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
-from disagg_vllm.stats import external_ids, find_ours, guarded, make_frontend, names_disagg
+from disagg_vllm.stats import external_ids, find_ours, make_frontend, names_disagg
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

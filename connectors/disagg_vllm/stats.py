@@ -9,16 +9,16 @@ multi-process mode) and a gauge is that of whoever heard last. An exception in h
 and every request with it: each entry point has a boundary.
 """
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from disagg_plugin.boundary import guarded
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import EngineStateListener, Frontend
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.disagg")
-
-_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 _CHILD = re.compile(r"\d+_")  # one of several completions of a request
 _RANDOM = re.compile(r"-[0-9a-f]{8}$")
@@ -155,24 +153,6 @@ def external_ids(internal_id: str, *, randomized: bool = True) -> tuple[str, ...
     name = _RANDOM.sub("", internal_id) if randomized else internal_id
     child = _CHILD.match(name)
     return (name, name[child.end() :]) if child else (name,)
-
-
-def guarded(call: _Call) -> _Call:
-    """An exception in what vLLM calls here would end all requests: stop it, say it once."""
-    said = False
-
-    @functools.wraps(call)
-    def within_boundary(*args: Any, **kwargs: Any) -> Any:
-        nonlocal said
-        try:
-            return call(*args, **kwargs)
-        except Exception:
-            if not said:
-                said = True
-                logger.exception("disagg: %s failed; figures will be missing", call.__qualname__)
-            return None
-
-    return cast("_Call", within_boundary)
 
 
 class DisaggPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # vLLM is untyped here

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from disagg_plugin.config import DisaggSettings
-from disagg_plugin.kv.dataplane import DataPlane
+from disagg_plugin.kv.dataplane import Completions, DataPlane
 from disagg_plugin.kv.geometry import KVGeometry
 from disagg_plugin.kv.rank import open_data_plane
 from disagg_vllm.kv_views import build_view
+from disagg_vllm.lmcache_tier import LMCacheWorker
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
 from disagg_vllm.support import unsupported_engine
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger("vllm.disagg")
@@ -45,7 +47,14 @@ def _guarded(default: Any) -> Callable[[Hook], Hook]:
 class WorkerSide:
     """One tensor-parallel rank."""
 
-    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", settings: DisaggSettings) -> None:
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+        settings: DisaggSettings,
+        tier: LMCacheWorker | None = None,
+    ) -> None:
+        self.tier = tier
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._settings = settings
@@ -59,6 +68,8 @@ class WorkerSide:
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         """The engine's caches exist: view them, register memory, compile the codec. A problem is kept, not raised."""
+        if self.tier is not None:
+            self.tier.register(kv_caches)
         if self._problem:
             return
         try:
@@ -75,27 +86,51 @@ class WorkerSide:
 
     def handshake(self) -> RankHandshake:
         """For the scheduler process, once."""
+        lmcache_problem = self.tier.child.problem if self.tier is not None else ""
         if self._plane is None:
-            return RankHandshake(self._rank, problem=self._problem or "the KV caches were never registered")
-        return RankHandshake(self._rank, self._plane.endpoint, self._geometry)
+            problem = self._problem or "the KV caches were never registered"
+            return RankHandshake(self._rank, problem=problem, lmcache_problem=lmcache_problem)
+        return RankHandshake(self._rank, self._plane.endpoint, self._geometry, lmcache_problem=lmcache_problem)
 
     @_guarded(None)
-    def begin_step(self, commands: StepCommands) -> None:
+    def bind(self, commands: StepCommands) -> None:
+        """A step's metadata is there."""
+        if self.tier is not None:
+            self.tier.bind(commands.tier)
+
+    @_guarded(None)
+    def unbind(self) -> None:
+        """A step is over."""
+        if self.tier is not None:
+            self.tier.unbind()
+
+    @_guarded(None)
+    def preempt(self, commands: StepCommands) -> None:
+        """Blocks of preempted requests are about to be overwritten."""
+        if self.tier is not None:
+            self.tier.preempt(commands.tier)
+
+    @_guarded(None)
+    def begin_step(self, commands: StepCommands, forward_context: "ForwardContext | None" = None) -> None:
         if self._plane is not None:
             self._plane.apply(commands.commands)
+        if self.tier is not None:
+            self.tier.start_loads(forward_context)
 
     @_guarded(None)
     def end_step(self, commands: StepCommands) -> None:
         """After the forward was launched: export what it computed, scatter what has landed."""
         if self._plane is not None:
             self._plane.after_forward(computed=commands.computes)
+        if self.tier is not None:
+            self.tier.start_saves()
 
     @_guarded((None, None))
     def completions(self) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's form: (requests whose blocks we release, requests whose load ended)."""
-        if self._plane is None:
-            return None, None
-        done = self._plane.take_completions()
+        done = self._plane.take_completions() if self._plane is not None else Completions()
+        if self.tier is not None:
+            done = self.tier.completions(done)
         self._invalid_block_ids |= done.invalid_block_ids
         return set(done.released) or None, set(done.received) or None
 
@@ -106,8 +141,10 @@ class WorkerSide:
     @_guarded(None)
     def report(self, number: int) -> StepReports | None:
         """The end of step ``number``, and what the rank has to say: most steps of a busy engine are not ours."""
+        failed = self.tier.take_failed() if self.tier is not None else ()
+        problem = self.tier.child.problem if self.tier is not None else ""
         if self._plane is None:
-            return None
+            return StepReports((), number, failed, problem) if self.tier is not None else None
         report = self._plane.report()
         happened = (
             *(report.received, report.receive_failed, report.receive_timings),
@@ -115,14 +152,16 @@ class WorkerSide:
         )
         news = report.busy or any(happened)
         if not news and self._said_all:
-            return StepReports((), number)
+            return StepReports((), number, failed, problem)
         self._said_all = not news  # one more report after the last news, so that gauges are seen at rest
-        return StepReports((report,), number)
+        return StepReports((report,), number, failed, problem)
 
     def close(self) -> None:
         if self._plane is not None:
             self._plane.close()
             self._plane = None
+        if self.tier is not None:
+            self.tier.child.close()
 
 
 def any_commands(metadata: Any) -> StepCommands:

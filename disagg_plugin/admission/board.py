@@ -6,7 +6,7 @@ which is odd while it is written; a reader who finds it odd or changed takes wha
 
     slot  0   8 bytes  sequence
           8   4 bytes  length of what follows
-         12   ...      msgpack: pid, time, reservations by priority, the newest report of each engine
+         12   ...      msgpack: pid, time, reservations by priority, the newest report of each engine, draining
 """
 
 import fcntl
@@ -33,6 +33,8 @@ class _Page(msgspec.Struct, array_like=True):
     at_s: float = 0.0
     work: list[QueuedWork] = []
     engines: dict[str, EngineState] = {}
+    draining: bool = False
+    drained_at_s: float = float("-inf")
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -72,11 +74,15 @@ class Board:
             return
         self._due_s = now_s + SYNC_S
         self._now_s = now_s
-        self._write(_Page(self._pid, now_s, gate.reservations(), gate.newest_reports()))
+        self._write(
+            _Page(self._pid, now_s, gate.reservations(), gate.newest_reports(), gate.draining, gate.drained_at_s)
+        )
         for slot in range(SLOTS):
             if slot == self._slot or (page := self._read(slot)) is None:
                 continue
             self._others[slot] = page
+            if page.drained_at_s > gate.drained_at_s:
+                gate.drain(page.draining, page.drained_at_s)
             for engine, state in page.engines.items():
                 gate.update(state, engine)
 

@@ -25,6 +25,8 @@ class _Fields(msgspec.Struct):
     """The fields that matter; everything else is skipped."""
 
     prompt: msgspec.Raw = msgspec.Raw()
+    input_ids: msgspec.Raw = msgspec.Raw()
+    bootstrap_host: msgspec.Raw = msgspec.Raw()
     priority: msgspec.Raw = msgspec.Raw()
     max_tokens: msgspec.Raw = msgspec.Raw()
     max_completion_tokens: msgspec.Raw = msgspec.Raw()
@@ -102,8 +104,9 @@ def _exact(body: bytes) -> BodyFacts | None:
     counts = [(name, _count(getattr(fields, name))) for name in _LIMITS[:3]]
     limits = [(name, count) for name, count in counts if count is not None]
     done, transfer = _transfer(bytes(fields.kv_transfer_params))
+    transfer = transfer or bytes(fields.bootstrap_host) == _OUR_BOOTSTRAP_HOST
     return BodyFacts(
-        _tokens(bytes(fields.prompt)),
+        _tokens(bytes(fields.prompt) or bytes(fields.input_ids)),
         len(body),
         _priority(bytes(fields.priority)),
         tuple(limits),
@@ -159,6 +162,8 @@ _END_OF_IDS = re.compile(rb"\]\s*[\]}]|\]\s*,\s*\"")  # not between two lists of
 _NUMBER = re.compile(rb"\s*:\s*(\d{1,9})\s*[,}]")
 _NUMBER_OR_WORD = re.compile(rb'\s*:\s*(-?\d{1,9}|"[\w-]{1,32}")\s*[,}]')
 _TRUE = re.compile(rb"\s*:\s*true\b")
+_OUR_BOOTSTRAP_HOST = b'"disagg"'  # of an offload call to an SGLang server
+_OURS = re.compile(rb"\s*:\s*" + _OUR_BOOTSTRAP_HOST)
 _TRANSFER_ID = re.compile(rb'\s*:\s*\{\s*"transfer_id"\s*:\s*"')
 
 
@@ -188,6 +193,7 @@ def _edges(body: bytes) -> BodyFacts:
             priority = _priority(match[1])
         done = done or any(_values(edge, b"do_remote_prefill", _TRUE))
         transfer = transfer or any(_values(edge, b"disagg", _TRANSFER_ID))
+        transfer = transfer or any(_values(edge, b"bootstrap_host", _OURS))
     least = limits.pop("min_tokens", 0)
     return BodyFacts(
         _sampled_tokens(body, head, tail), len(body), priority, tuple(limits.items()), least, done, transfer
@@ -197,7 +203,8 @@ def _edges(body: bytes) -> BodyFacts:
 def _sampled_tokens(body: bytes, head: bytes, tail: bytes) -> int | None:
     """Token ids, counted where head or tail holds all of them; else as dense between as at both ends."""
     for edge in (head, tail):
-        if match := next(_values(edge, b"prompt", _PROMPT_IDS), None):
+        found = (match for key in (b"prompt", b"input_ids") for match in _values(edge, key, _PROMPT_IDS))
+        if match := next(found, None):
             if ends := _END_OF_IDS.search(edge, match.end()):
                 return edge.count(b",", match.end(), ends.start()) + 1
             break

@@ -105,6 +105,7 @@ class EngineQueue:
         kv_capacity_tokens: int | None = None,
         max_running: int | None = None,
         draining: bool = False,
+        decode_stall_s: float = 0.0,
     ) -> EngineState:
         """What is known now.
 
@@ -150,6 +151,7 @@ class EngineQueue:
             max_running=max_running,
             recent=tuple(self._recent),
             draining=draining,
+            decode_stall_s=decode_stall_s if running else 0.0,
         )
 
     def _count(self, change: int) -> None:

@@ -33,6 +33,7 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
         kv_capacity_tokens, max_running: The engine's limits, or None.
         recent: ``request_mark`` of the latest arrivals: those are counted here and nowhere else.
         draining: It takes no new requests.
+        decode_stall_s: Mean seconds by which prompts made recent decode steps longer; 0 where nothing decodes.
     """
 
     sequence: int = 0
@@ -48,6 +49,7 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
     max_running: int | None = None
     recent: tuple[int, ...] = ()
     draining: bool = False
+    decode_stall_s: float = 0.0
 
     @property
     def queued_tokens(self) -> int:

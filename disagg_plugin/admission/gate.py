@@ -19,7 +19,7 @@ from disagg_plugin.admission.body import BodyFacts
 from disagg_plugin.admission.classes import ClassBook, Standing
 from disagg_plugin.admission.engine_state import EngineState, request_mark
 from disagg_plugin.admission.fair_share import FairShare
-from disagg_plugin.admission.learned import Route
+from disagg_plugin.admission.learned import ArrivalRates, Route
 from disagg_plugin.admission.ledger import Ledger, Reservation
 from disagg_plugin.qos_settings import QosSettings
 from disagg_policies.admission_snapshots import (
@@ -102,7 +102,8 @@ class Gate:
     """See the module.
 
     Attributes:
-        draining: Refuse everybody with 503.
+        draining: Everybody is refused with 503; see ``drain``.
+        drained_at_s: When that was decided, on the clock; the newest word counts among several API servers.
         has_exact: The second stage is there. It also sets the priority of requests with huge bodies, and tells the
             scheduler about ``never_offload`` and ``only_offload``; without it these steps are left out.
         observer: Who counts, or None.
@@ -117,21 +118,26 @@ class Gate:
         *,
         clock: Callable[[], float] = time.monotonic,
         accepts_transfers: bool = False,
+        offload_above_tokens: int | None = None,
     ) -> None:
         """
         Args:
+            offload_above_tokens: As in ``AdmissionSnapshot``: what the offload policy goes by, if it is that simple.
             accepts_transfers: This engine prefills for others: their calls were admitted on the side channel.
         """
         self.settings = settings
         self.book = ClassBook(settings)
         self.accepts_transfers = accepts_transfers
         self.draining = False
+        self.drained_at_s = float("-inf")
         self.has_exact = False
         self.observer: Observer | None = None
         self.outcomes: Counter[tuple[str, str, str, str]] = Counter()
         self.degraded: Counter[tuple[str, str]] = Counter()
         self._admitter = admitter
         self._clock = clock
+        self._offload_above_tokens = offload_above_tokens
+        self._arriving = ArrivalRates()
         self._ledger = Ledger()
         self._elsewhere: Callable[[], list[QueuedWork]] = list
         self._engines: dict[str, _Engine] = {}
@@ -161,6 +167,11 @@ class Gate:
         self._ledger.reported(state.recent, now_s)
         if state.decode.running_decodes:
             self._mean_running += SMOOTHING * (state.decode.running_decodes - self._mean_running)
+
+    def drain(self, draining: bool = True, at_s: float | None = None) -> None:
+        """Take no new requests from now on, or take them again; those under way go on."""
+        self.draining = draining
+        self.drained_at_s = self._clock() if at_s is None else at_s
 
     def also_count(self, elsewhere: Callable[[], list[QueuedWork]]) -> None:
         """Where the reservations of other API servers of the same engine are to be read."""
@@ -212,6 +223,8 @@ class Gate:
             answer.ttft_s,
         )
         self._charge(ticket, work_tokens)
+        if not self.has_exact:
+            self._arriving.saw(standing.service_class.priority, work_tokens, self._clock())
         if not self.has_exact and self.observer is not None:
             self.observer.admitted(standing.service_class.name, answer.reason)
         return ticket
@@ -252,6 +265,7 @@ class Gate:
         ticket.ttft_s = answer.ttft_s
         ticket.reservation = self._ledger.reserve(ticket.service_class.priority, work_tokens, self._clock())
         self._ledger.sent(ticket.reservation, request_mark(request_id), work_tokens)
+        self._arriving.saw(ticket.service_class.priority, work_tokens, self._clock())
         self._charge(ticket, work_tokens)
         if self.observer is not None:
             self.observer.admitted(ticket.service_class.name, answer.reason)
@@ -359,7 +373,7 @@ class Gate:
             self.book.classes,
             state.decode,
             state.workers,
-            (*state.queued, *queued),
+            state.queued,
             state.reorders,
             state.landing_requests,
             state.landing_tokens,
@@ -372,6 +386,10 @@ class Gate:
             self._levels.get(arrival.service_class, 0),
             overused,
             self.draining or state.draining,
+            reserved=tuple(queued),
+            offload_above_tokens=self._offload_above_tokens,
+            decode_stall_s=state.decode_stall_s,
+            arriving=self._arriving.rates(self._clock()),
         )
 
     def _engine(self, now_s: float) -> EngineState | None:

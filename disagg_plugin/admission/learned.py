@@ -1,9 +1,11 @@
-"""What is learned about requests per route: bytes per token, and the share of a prompt that is cached already."""
+"""What is learned about requests: per route, bytes per token and the cached share; per priority, how much arrives."""
 
+import math
 from collections import deque
 
 BYTES_PER_TOKEN_PRIOR = 4.0
 RECENT = 128
+RATE_OVER_S = 5.0
 REFRESH = 8  # new samples until the quantile is taken anew
 
 
@@ -58,3 +60,22 @@ class Route:
     def describe(self) -> dict[str, float]:
         """For the debug view."""
         return {"bytes_per_token": self._bytes_per_token.value, "cached_share": self._cached_share.value}
+
+
+class ArrivalRates:
+    """Prompt tokens per second by priority; what is ``RATE_OVER_S`` old counts 1/e."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[float, float]] = {}  # tokens, as of when
+
+    def saw(self, priority: int, tokens: int, now_s: float) -> None:
+        """A request was admitted."""
+        self._sums[priority] = (self._tokens(priority, now_s) + tokens, now_s)
+
+    def rates(self, now_s: float) -> tuple[tuple[int, float], ...]:
+        """``(priority, tokens per second)``."""
+        return tuple([(priority, self._tokens(priority, now_s) / RATE_OVER_S) for priority in self._sums])
+
+    def _tokens(self, priority: int, now_s: float) -> float:
+        tokens, as_of_s = self._sums.get(priority, (0.0, now_s))
+        return tokens * math.exp((as_of_s - now_s) / RATE_OVER_S)

@@ -29,7 +29,8 @@ ROUTES = {  # and the fields that limit a response's length there; the engine lo
     "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
-    "/inference/v1/generate": (),
+    "/inference/v1/generate": (),  # vLLM
+    "/generate": (),  # SGLang
 }
 HUGE_BYTES = 256 << 10  # to set a field, a body is copied; of one so long, the second stage sets the priority
 DEGRADED_HEADER = b"x-disagg-degraded"
@@ -118,9 +119,12 @@ class AdmissionMiddleware:
 
 
 class _Response:
-    """``send`` for one request: its start is marked, its usage read, and an exact refusal put in its place."""
+    """``send`` for one request: its start is marked, its usage read, and an exact refusal put in its place.
 
-    __slots__ = ("_gate", "_replaced", "_send", "_steps", "_ticket")
+    An engine may start a stream before it looks at the prompt: the start waits until something comes of it.
+    """
+
+    __slots__ = ("_gate", "_replaced", "_send", "_start", "_steps", "_ticket")
 
     def __init__(self, send: Send, gate: Gate, ticket: Ticket, steps: tuple[str, ...]) -> None:
         self._send = send
@@ -128,22 +132,35 @@ class _Response:
         self._ticket = ticket
         self._steps = steps
         self._replaced = False
+        self._start: Message | None = None
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            if self._ticket.refusal is not None:
-                self._replaced = True
-                await _refuse(self._send, self._ticket.refusal)
-                return
-            if self._steps and message["status"] < 400:
-                self._gate.applied(self._ticket, self._steps)
-                names = ", ".join(step.partition(":")[0] for step in self._steps)
-                message = {**message, "headers": [*message.get("headers", ()), (DEGRADED_HEADER, names.encode())]}
-        elif self._replaced:
+        if self._replaced:
             return
+        starts = message["type"] == "http.response.start"
+        if starts and self._gate.has_exact and not self._ticket.exact:
+            self._start = message
+            return
+        if (starts or self._start is not None) and self._ticket.refusal is not None:
+            self._replaced = True
+            await _refuse(self._send, self._ticket.refusal)
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            await self._send(self._marked(start))
+        if starts:
+            message = self._marked(message)
         elif message["type"] == "http.response.body" and b'"usage"' in message.get("body", b"")[-_USAGE_TAIL_BYTES:]:
             self._saw_usage(message["body"][-_USAGE_TAIL_BYTES:])
         await self._send(message)
+
+    def _marked(self, start: Message) -> Message:
+        """With a header where the request was degraded."""
+        if not self._steps or start["status"] >= 400:
+            return start
+        self._gate.applied(self._ticket, self._steps)
+        names = ", ".join(step.partition(":")[0] for step in self._steps)
+        return {**start, "headers": [*start.get("headers", ()), (DEGRADED_HEADER, names.encode())]}
 
     def _saw_usage(self, tail: bytes) -> None:
         found = {name: match for name, pattern in _USAGE.items() if (match := pattern.search(tail))}

@@ -161,6 +161,8 @@ def _headline(view: View) -> "RenderableType":
     if "kv_cache_usage" in queues:
         facts.append(f"KV cache {queues['kv_cache_usage']:.0%}")
     facts += [f"hits {what} {share:.0%}" for what, share in hits.items()]
+    if tokens := view["prefix_tokens"]:
+        facts.append("prefix tokens " + ", ".join(f"{tier} {n:,}" for tier, n in tokens.items()))
     if view["stats_age_s"] is not None:
         facts.append(f"figures {view['stats_age_s']:.0f} s old")
     return text.append(f"   {' · '.join(facts)}", style="default not bold")

@@ -108,22 +108,24 @@ class DecodeSide:
 
     # -- the engine's scheduler asks ---------------------------------------------------------------------------
 
-    def match(self, prompt: PromptView, cached_tokens: int, *, free_tokens: int) -> Answer:
+    def match(self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, lmcache_tokens: int = 0) -> Answer:
         """What to do with a waiting request that has ``cached_tokens`` in the engine's own prefix cache.
 
         Idempotent: the engine asks again at each step, also after a failed allocation.
 
         Args:
             free_tokens: Room in the engine's KV cache; a claim that does not fit would block its waiting queue.
+            lmcache_tokens: Prefix that LMCache will load for this request, counted from token 0 as well.
         """
         self._drain()
+        held_tokens = max(cached_tokens, lmcache_tokens)
         if (reason := self._local.get(prompt.request_id)) is not None:
             return PrefillLocally(reason)
         transfer = self._by_request.get(prompt.request_id)
         if transfer is None:
-            return self._decide(prompt, cached_tokens, free_tokens)
+            return self._decide(prompt, cached_tokens, lmcache_tokens, free_tokens)
         if transfer.state in OVER or transfer.state in LOADING:
-            return self._stay(prompt, cached_tokens, transfer.failure or "already_loaded")
+            return self._stay(prompt, held_tokens, transfer.failure or "already_loaded")
         if self._clock() > self._wait_until_s(transfer):
             # a started one waits for room here: that is not the worker's fault
             self._abandon(
@@ -132,21 +134,21 @@ class DecodeSide:
                 f"timeout_{transfer.state.value}",
                 blame=transfer.state is not State.STARTED,
             )
-            return self._stay(prompt, cached_tokens, transfer.failure)
-        if transfer.state is not State.STARTED:
-            return NotYet()
-        if transfer.prompt_tokens - 1 <= cached_tokens:
+            return self._stay(prompt, held_tokens, transfer.failure)
+        if transfer.prompt_tokens - 1 <= held_tokens:
             self._abandon(transfer, Event.ABORT, "cached_meanwhile")
             self._journal.decided(prompt.request_id, "local")
-            return self._stay(prompt, cached_tokens, transfer.failure)
-        return self._claim(transfer, cached_tokens, free_tokens)
+            return self._stay(prompt, held_tokens, transfer.failure)
+        if transfer.state is not State.STARTED:
+            return NotYet()
+        return self._claim(transfer, held_tokens, free_tokens - (held_tokens - cached_tokens))
 
     def knows(self, request_id: str) -> bool:
         """Whether a request was decided on before."""
         return request_id in self._local or request_id in self._by_request or request_id in self._shared
 
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
-        """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens``."""
+        """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens`` from a worker."""
         transfer = self._by_request.get(request_id)
         if transfer is None or external_tokens == 0 or not transfer.completed:
             return
@@ -199,6 +201,12 @@ class DecodeSide:
                     arrival = Arrival.of(timing)
                     transfer.arrival = transfer.arrival.joined(arrival) if transfer.arrival else arrival
 
+    def prefix_failed(self, request_id: str) -> None:
+        """LMCache did not deliver the prefix before a transfer: its KV would only be computed again."""
+        transfer = self._by_request.get(request_id)
+        if transfer is not None and transfer.state in LOADING:
+            self._abandon(transfer, Event.FAIL, "prefix_lost")
+
     def load_completed(self, request_id: str) -> None:
         """All ranks reported this request; its blocks are the engine's again."""
         transfer = self._by_request.get(request_id)
@@ -234,25 +242,30 @@ class DecodeSide:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _decide(self, prompt: PromptView, cached_tokens: int, free_tokens: int) -> Answer:
-        if prompt.local_only is not None:
-            self.decisions[prompt.local_only] += 1
+    def _decide(self, prompt: PromptView, cached_tokens: int, lmcache_tokens: int, free_tokens: int) -> Answer:
+        held_tokens = max(cached_tokens, lmcache_tokens)
+        stays = prompt.local_only
+        if stays is None and prompt.route is None and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
+            stays = "prefix_held"  # whatever a policy would say: there is nothing to ask anybody for
+        if stays is not None:
+            self.decisions[stays] += 1
             if prompt.route is not None and prompt.route.held:
-                self._port.cancel(prompt.route.held, prompt.route.worker, prompt.local_only)  # nobody will fetch it
+                self._port.cancel(prompt.route.held, prompt.route.worker, stays)  # nobody will fetch it
             self._journal.decided(prompt.request_id, "local")
-            return self._stay(prompt, cached_tokens, prompt.local_only)
+            return self._stay(prompt, held_tokens, stays)
         if prompt.route is not None:
             if prompt.route.held in self._by_transfer:
                 self.decisions["handed_over_twice"] += 1
-                return self._stay(prompt, cached_tokens, "handed_over_twice")
+                return self._stay(prompt, held_tokens, "handed_over_twice")
             self._journal.decided(prompt.request_id, "offloaded", None)
-            return self._offer(prompt, cached_tokens, (prompt.route.worker,), "routed", None)
-        if self._waits_for_another(prompt, cached_tokens):
+            return self._offer(prompt, cached_tokens, lmcache_tokens, (prompt.route.worker,), "routed", None)
+        if self._waits_for_another(prompt, held_tokens):
             return NotYet()
         with profile_range("disagg decide"):
             record = self._decisions.decide(
                 prompt,
                 cached_tokens,
+                lmcache_tokens=lmcache_tokens,
                 free_tokens=free_tokens,
                 promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
             )
@@ -260,18 +273,20 @@ class DecodeSide:
         if isinstance(decision, Local):
             self.decisions[decision.reason] += 1
             self._journal.decided(prompt.request_id, "local", decision.local_ttft_s)
-            return self._stay(prompt, cached_tokens, decision.reason)
+            return self._stay(prompt, held_tokens, decision.reason)
         self._journal.decided(prompt.request_id, "offloaded", decision.remote_ttft_s)
-        return self._offer(prompt, cached_tokens, decision.workers, decision.reason, record)
+        return self._offer(prompt, cached_tokens, lmcache_tokens, decision.workers, decision.reason, record)
 
     def _offer(
         self,
         prompt: PromptView,
         cached_tokens: int,
+        lmcache_tokens: int,
         workers: tuple[str, ...],
         reason: str,
         record: DecisionRecord | None,
     ) -> Answer:
+        held_tokens = max(cached_tokens, lmcache_tokens)
         self.decisions[reason] += 1
         if prompt.route is None:
             self._shared.begin(
@@ -285,7 +300,8 @@ class DecodeSide:
             transfer_id=_transfer_id(prompt.route),
             nonce=secrets.randbits(64),
             prompt_tokens=len(prompt.token_ids),
-            cached_tokens=cached_tokens,
+            cached_tokens=held_tokens,
+            lmcache_tokens=max(0, lmcache_tokens - cached_tokens),
             offered_s=self._clock(),
             reason=reason,
             asked_s=self._clock() - (record.took_s if record is not None else 0.0),
@@ -301,7 +317,7 @@ class DecodeSide:
                 nonce=transfer.nonce,
                 workers=workers,
                 token_ids=prompt.token_ids,
-                cached_tokens=cached_tokens,
+                cached_tokens=held_tokens,
                 http_fields=prompt.http_fields,
                 http_headers=prompt.http_headers,
                 priority=prompt.priority,
@@ -326,13 +342,13 @@ class DecodeSide:
         self.totals["waited_for_shared_prefix"] += leader is not None and not waited
         return leader is not None
 
-    def _stay(self, prompt: PromptView, cached_tokens: int, reason: str) -> PrefillLocally:
+    def _stay(self, prompt: PromptView, held_tokens: int, reason: str) -> PrefillLocally:
         self._local[prompt.request_id] = reason
-        self._load.arrived(prompt.request_id, len(prompt.token_ids), cached_tokens)
+        self._load.arrived(prompt.request_id, len(prompt.token_ids), held_tokens)
         return PrefillLocally(reason)
 
-    def _claim(self, transfer: Transfer, cached_tokens: int, free_tokens: int) -> Answer:
-        tokens = transfer.prompt_tokens - 1 - cached_tokens
+    def _claim(self, transfer: Transfer, held_tokens: int, free_tokens: int) -> Answer:
+        tokens = transfer.prompt_tokens - 1 - held_tokens
         budget = self._settings.transfer.held_kv_fraction * self._capacity_tokens
         alone = self._held_tokens == 0  # one transfer is always let in, or a long prompt would never be served
         if tokens + 1 > free_tokens or (not alone and self._held_tokens + tokens > budget):

@@ -49,8 +49,9 @@ class Transfer:
     transfer_id: bytes
     nonce: int
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # that D held when it was offered: its own, and LMCache's
     offered_s: float
+    lmcache_tokens: int = 0  # of them, what LMCache loads
     asked_s: float = 0.0  # before the policies
     given_up_s: float = 0.0
     state: State = State.OFFERED
@@ -88,6 +89,7 @@ class Transfer:
             "reason": self.reason,
             "failure": self.failure,
             "prompt_tokens": self.prompt_tokens,
+            "lmcache_tokens": self.lmcache_tokens,
             "first_token": self.first_token,
             "end_token": self.end_token,
             "asked_s": self.asked_s,

@@ -17,6 +17,7 @@ class Load:
 
     Attributes:
         running_decodes, decode_context_tokens: Requests past their prompt, and their contexts in all.
+        by_priority: Of an engine that schedules by priority, the queued prefill tokens of each.
     """
 
     queued_requests: int = 0
@@ -26,6 +27,7 @@ class Load:
     prefill: PrefillModel = UNKNOWN_SPEED
     running_decodes: int = 0
     decode_context_tokens: int = 0
+    by_priority: tuple[tuple[int, int], ...] = ()
 
     @property
     def eta_s(self) -> float:
@@ -41,19 +43,32 @@ class LoadTracker:
         last_step: What the newest step computes.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, by_priority: bool = False) -> None:
+        """
+        Args:
+            by_priority: The engine schedules by priority.
+        """
         self.model = LatencyModel(clock)
         self.last_step = StepWork()
         self._times = StepTimes(self.model, clock)
         self._prompt_tokens: dict[str, int] = {}
         self._remaining: dict[str, int] = {}  # prefill tokens left; absent once the prompt is computed
         self._remaining_tokens = 0
+        self._priorities: dict[str, int] | None = {} if by_priority else None
+        self._by_priority: dict[int, int] = {}
         self._queued: set[str] = set()
         self._ended_since_step = 0
 
-    def arrived(self, request_id: str, prompt_tokens: int, cached_tokens: int = 0) -> None:
+    @property
+    def decode_stall_s(self) -> float:
+        """Mean seconds by which prompts made recent decode steps longer."""
+        return self._times.stall_s
+
+    def arrived(self, request_id: str, prompt_tokens: int, cached_tokens: int = 0, priority: int = 0) -> None:
         """A request is to be computed here; ``cached_tokens`` of its prompt are already."""
         self._prompt_tokens[request_id] = prompt_tokens
+        if self._priorities is not None and request_id not in self._remaining:
+            self._priorities[request_id] = priority
         self._queued.add(request_id)
         self._set_remaining(request_id, max(0, prompt_tokens - cached_tokens))
 
@@ -106,7 +121,8 @@ class LoadTracker:
     def preempted(self, request_id: str) -> None:
         """The engine took its blocks away; it waits again, with its whole prompt to compute."""
         if (prompt_tokens := self._prompt_tokens.get(request_id)) is not None:
-            self.arrived(request_id, prompt_tokens)
+            known = self._priorities.get(request_id, 0) if self._priorities is not None else 0
+            self.arrived(request_id, prompt_tokens, priority=known)
 
     def finished(self, request_id: str) -> None:
         """A request left the engine, whether it had arrived here or its KV came from elsewhere."""
@@ -114,6 +130,8 @@ class LoadTracker:
         self._prompt_tokens.pop(request_id, None)
         self._set_remaining(request_id, 0)
         self._queued.discard(request_id)
+        if self._priorities is not None:
+            self._priorities.pop(request_id, None)
 
     def load(self) -> Load:
         """The snapshot to publish."""
@@ -129,9 +147,16 @@ class LoadTracker:
             prefill=self.model.prefill(HERE),
             running_decodes=running,
             decode_context_tokens=context_tokens * running // decodes if decodes else 0,
+            by_priority=tuple(sorted(self._by_priority.items())),
         )
 
     def _set_remaining(self, request_id: str, tokens: int) -> None:
-        self._remaining_tokens += tokens - self._remaining.pop(request_id, 0)
+        change = tokens - self._remaining.pop(request_id, 0)
+        self._remaining_tokens += change
+        if self._priorities is not None and change:
+            priority = self._priorities.get(request_id, 0)
+            left = self._by_priority.pop(priority, 0) + change
+            if left > 0:
+                self._by_priority[priority] = left
         if tokens:
             self._remaining[request_id] = tokens

@@ -227,6 +227,7 @@ class LoadReport(Message, frozen=True, tag="load"):
         kv_usage: Used share of the KV cache, 0 to 1.
         prefill_tokens_per_s: Recent speed of steps that prefill.
         digest: A part of its prefix digest, if there is news; several parts are several reports.
+        by_priority: ``(priority, tokens)`` of what is queued, where the engine schedules by priority.
     """
 
     epoch: int
@@ -237,6 +238,7 @@ class LoadReport(Message, frozen=True, tag="load"):
     prefill_tokens_per_s: float
     prefill: PrefillSpeed | None = None
     digest: DigestPart | None = None
+    by_priority: tuple[tuple[int, int], ...] = ()
 
 
 class DigestRequest(Message, frozen=True, tag="digest?"):

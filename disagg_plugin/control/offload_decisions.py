@@ -14,7 +14,7 @@ from disagg_plugin.serving.decision_record import DecisionRecord
 from disagg_plugin.serving.decisions import Decider
 from disagg_plugin.serving.latency import HERE
 from disagg_plugin.serving.prefix_hash import prefix_hashes
-from disagg_policies.estimates import remote_ttft_s
+from disagg_policies.estimates import queue_ahead_s, remote_ttft_s
 from disagg_policies.snapshots import DecodeState, Prompt
 
 DEFAULT_STEP_TOKENS = 2048
@@ -78,13 +78,14 @@ class OffloadDecisions:
         port.ask_for_codecs(lambda worker, choices: self._decider.choose_codec(worker, choices).name)
 
     def decide(
-        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int
+        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int, lmcache_tokens: int = 0
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
 
         Args:
             free_tokens: Room in the engine's KV cache.
             promised_tokens: KV that is held here for transfers, or will be.
+            lmcache_tokens: Prefix in LMCache, counted from token 0.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         workers = self._port.workers()
@@ -99,6 +100,7 @@ class OffloadDecisions:
                 prompt.request_id,
                 len(prompt.token_ids),
                 cached_tokens,
+                lmcache_tokens,
                 priority=prompt.priority,
                 only_offload=prompt.only_offload,
             ),
@@ -118,6 +120,8 @@ class OffloadDecisions:
         for index, worker in enumerate(seen.workers):
             if worker.worker == transfer.peer:
                 overlap = seen.overlap_tokens[index] if seen.overlap_tokens else 0
+                if queue_ahead_s(worker, seen.prompt.priority) > worker.prefill.seconds(tokens, 0):
+                    return  # how far off the queue's estimate was is no overhead: more urgent prompts overtake
                 expected_s = remote_ttft_s(seen, worker, overlap, chunk_tokens=self._step_tokens) - worker.overhead_s
                 decode = seen.decode
                 step_s = decode.decode.seconds(decode.running_decodes + 1, decode.decode_context_tokens)

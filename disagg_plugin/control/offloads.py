@@ -67,7 +67,7 @@ class Offloads:
     def start(self, call: OfferCall) -> None:
         """Begin one; its worker's row counts the prompt from now on."""
         if (first := self._links.get(call.workers[0])) is not None:
-            first.offered(call.transfer_id, len(call.token_ids))
+            first.offered(call.transfer_id, len(call.token_ids), call.priority)
         task = asyncio.get_running_loop().create_task(self._offload(call))
         self._calls[call.transfer_id] = task
         task.add_done_callback(lambda _: self._ended(call))
@@ -155,7 +155,7 @@ class Offloads:
                 return None, "adapter_unreadable"
         answer: asyncio.Future[Accepted | Refused] = asyncio.get_running_loop().create_future()
         link.answers[call.transfer_id] = answer
-        link.offered(call.transfer_id, len(call.token_ids))
+        link.offered(call.transfer_id, len(call.token_ids), call.priority)
         link.asked(call.transfer_id)
         try:
             link.send(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.adapters import AdapterDigests
-from disagg_plugin.control.compatibility import Party, find_mismatch
+from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
@@ -24,6 +24,7 @@ from disagg_plugin.control.events import (
 )
 from disagg_plugin.control.load import Load
 from disagg_plugin.control.messages import (
+    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
@@ -82,6 +83,7 @@ class _Awaited:
 
     until_s: float
     prompt_tokens: int
+    priority: int = 0
 
 
 class PrefillService:
@@ -246,7 +248,9 @@ class PrefillService:
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
         theirs = Party(hello.protocol, hello.model, hello.geometry, tensor_parallel=len(hello.endpoints))
-        mismatch = find_mismatch(self._party, theirs)
+        mismatch = find_mismatch(self._party, theirs) or find_lane_mismatch(
+            self._party, theirs, region_slots=hello.region_slots
+        )
         if mismatch is not None:
             self.counters["rejected_peers"] += 1
             logger.warning("disagg: decode engine %s cannot use this prefill engine: %s", hello.engine, mismatch)
@@ -302,7 +306,7 @@ class PrefillService:
         load = self._load
         eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
-        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens)
+        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens, offer.priority)
         self.counters["accepted"] += 1
         self._send(identity, Accepted(offer.transfer_id, eta_s))
         self._pacer.soon()
@@ -336,6 +340,12 @@ class PrefillService:
 
     def _awaited_tokens(self) -> int:
         return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])
+
+    def _by_priority(self, load: Load) -> tuple[tuple[int, int], ...]:
+        tokens = dict(load.by_priority)
+        for awaited in list(self._awaited.values()):
+            tokens[awaited.priority] = tokens.get(awaited.priority, 0) + awaited.prompt_tokens
+        return tuple(sorted(tokens.items()))
 
     # -- I/O thread: reports -----------------------------------------------------------------------------------
 
@@ -377,6 +387,7 @@ class PrefillService:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
             digest=part,
+            by_priority=self._by_priority(load) if PRIORITY in self._welcome.features else (),
         )
 
     def _leave(self, peer: _Peer, reason: str) -> None:

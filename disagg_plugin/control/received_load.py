@@ -8,6 +8,7 @@ from disagg_policies.snapshots import DEFAULT_TOKENS_PER_S, PrefillModel
 
 MOST_REQUESTS = 1 << 24
 MOST_TOKENS = 1 << 40
+MOST_PRIORITIES = 64
 SLOWEST_TOKENS_PER_S, FASTEST_TOKENS_PER_S = 1e-3, 1e9
 LONGEST_S = 1e4  # of a prefill model's fixed part; more is a broken clock
 
@@ -29,6 +30,7 @@ class ReceivedLoad:
     kv_usage: float = 0.0
     prefill_tokens_per_s: float = DEFAULT_TOKENS_PER_S
     prefill: PrefillModel = UNKNOWN_SPEED
+    by_priority: tuple[tuple[int, int], ...] = ()
 
     def updated(self, report: LoadReport) -> "ReceivedLoad":
         """The newest values, each the last good one where the report's makes no sense."""
@@ -42,6 +44,7 @@ class ReceivedLoad:
                 speed if SLOWEST_TOKENS_PER_S <= speed <= FASTEST_TOKENS_PER_S else self.prefill_tokens_per_s
             ),
             prefill=_model(report.prefill) or self.prefill,
+            by_priority=tuple([(p, min(max(t, 0), MOST_TOKENS)) for p, t in report.by_priority[:MOST_PRIORITIES]]),
         )
 
     def assuming(self, prefill: PrefillModel | None) -> "ReceivedLoad":

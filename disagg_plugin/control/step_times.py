@@ -13,7 +13,8 @@ What becomes of a step:
   that a prompt in three chunks is a prefill, not three.
 - *Several prompts*: one sample of their tokens and (token, token before) pairs together; the model is linear in both.
 - *Prompts beside decodes*: what the decode model says its decodes add (not its fixed part: the step has one anyway) is
-  taken off first. Where that is most of the step, it says nothing about prefills and is left out.
+  taken off first. Where that is most of the step, it says nothing about prefills and is left out. What the step took
+  longer than one of its decodes alone, is what its prompts stalled them.
 """
 
 from collections import deque
@@ -25,6 +26,7 @@ from disagg_plugin.serving.latency import HERE, LatencyModel
 STEPS_IN_FLIGHT = 64  # of which the output has not come; an engine that never tells must not fill memory
 RECENT_STEPS = 32  # that prefill; the recent speed is their median
 PRIOR_TOKENS_PER_S = 1_000.0  # until the first prefill was measured
+STALL_WINDOW_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,14 @@ class StepTimes:
         self._lone: _Lone | None = None
         self._speeds: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)  # tokens a second, tokens
         self.tokens_per_s = PRIOR_TOKENS_PER_S
+        self._stalls: deque[tuple[float, float]] = deque()  # when, seconds; of every step with decodes
+        self._stalled_s = 0.0
+
+    @property
+    def stall_s(self) -> float:
+        """Mean seconds by which prompts made recent steps with decodes longer."""
+        self._forget_stalls()
+        return max(0.0, self._stalled_s) / len(self._stalls) if self._stalls else 0.0
 
     def built(self, number: int, work: StepWork) -> None:
         """Step ``number`` was handed to the workers; numbers grow."""
@@ -95,6 +105,8 @@ class StepTimes:
     def _learn(self, work: StepWork, seconds: float) -> None:
         if seconds <= 0:
             return
+        if work.decodes:
+            self._count_stall(work, seconds)
         if not work.prompts:
             self._end_lone()
             if work.decodes:
@@ -114,6 +126,18 @@ class StepTimes:
             self._end_lone()
             pairs = sum([p.new_tokens * (p.cached_tokens + p.new_tokens / 2) for p in work.prompts])
             self._model.saw_prefill_step(HERE, new_tokens=new_tokens, pairs=pairs, seconds=prefill_s)
+
+    def _count_stall(self, work: StepWork, seconds: float) -> None:
+        alone_s = self._model.decode().seconds(work.decodes, work.decode_context_tokens)
+        stall_s = max(0.0, seconds - alone_s) if work.prompts else 0.0
+        self._stalls.append((self._clock(), stall_s))
+        self._stalled_s += stall_s
+        self._forget_stalls()
+
+    def _forget_stalls(self) -> None:
+        until_s = self._clock() - STALL_WINDOW_S
+        while self._stalls and self._stalls[0][0] < until_s:
+            self._stalled_s -= self._stalls.popleft()[1]
 
     def _decodes_s(self, work: StepWork) -> float:
         """What the decodes beside a prefill add."""

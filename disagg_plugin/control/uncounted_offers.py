@@ -10,6 +10,7 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class _Offer:
     tokens: int
+    priority: int = 0
     accepted: bool = False
 
 
@@ -27,9 +28,18 @@ class UncountedOffers:
     def tokens(self) -> int:
         return sum([offer.tokens for offer in self._offers.values()])
 
-    def add(self, transfer_id: bytes, tokens: int) -> None:
+    def by_priority(self, reported: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """``(priority, tokens)`` of what a worker reported and of these offers together, sorted."""
+        if not self._offers:
+            return reported
+        tokens = dict(reported)
+        for offer in self._offers.values():
+            tokens[offer.priority] = tokens.get(offer.priority, 0) + offer.tokens
+        return tuple(sorted(tokens.items()))
+
+    def add(self, transfer_id: bytes, tokens: int, priority: int = 0) -> None:
         """It is, or is about to be, offered; idempotent."""
-        self._offers.setdefault(transfer_id, _Offer(tokens))
+        self._offers.setdefault(transfer_id, _Offer(tokens, priority))
 
     def accepted(self, transfer_id: bytes) -> None:
         """The next report counts it."""

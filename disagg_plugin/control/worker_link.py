@@ -30,6 +30,7 @@ from disagg_plugin.control.channel import ChannelState, SideChannelClient
 from disagg_plugin.control.digest_stream import DigestFollower
 from disagg_plugin.control.events import DecodeEvent, PeerJoined, PeerLeft, PrefillFailed, PrefillStarted
 from disagg_plugin.control.messages import (
+    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
@@ -332,9 +333,9 @@ class WorkerLink:
         """Whether a prompt may be offered to it now."""
         return self.welcome is not None and self.left_s is None and self.backoff.may_ask(self.around.clock())
 
-    def offered(self, transfer_id: bytes, tokens: int) -> None:
+    def offered(self, transfer_id: bytes, tokens: int, priority: int = 0) -> None:
         """A prompt of ours is, or is about to be, offered to it; idempotent."""
-        self._offers.add(transfer_id, tokens)
+        self._offers.add(transfer_id, tokens, priority)
         self._changed()
 
     def asked(self, transfer_id: bytes) -> None:
@@ -410,10 +411,16 @@ class WorkerLink:
             reported_s=self._reported_s or 0.0,
             in_flight_requests=self._offers.requests,
             in_flight_tokens=self._offers.tokens,
+            by_priority=self._by_priority(load),
             overhead_s=self._overhead_s(),
             prefill=load.prefill,
             link=latency.link(self.name, wire_bytes_per_token=per_token),
         )
+
+    def _by_priority(self, load: ReceivedLoad) -> tuple[tuple[int, int], ...]:
+        """Of a worker that schedules by priority; nobody overtakes at another one."""
+        reorders = self.welcome is not None and PRIORITY in self.welcome.features
+        return self._offers.by_priority(load.by_priority) if reorders else ()
 
     def _overhead_s(self) -> float:
         """What was measured; what is above the prior fades while nothing lands.

@@ -66,13 +66,3 @@ def share_of_region(region_slots: int, senders: int) -> int:
     if senders > region_slots:
         raise ConfigError(f"{senders} prefill ranks share a region of transfer.region_slots {region_slots}")
     return region_slots // senders
-
-
-def senders_per_receiver(kv_heads: int, prefill_tp: int, decode_tp: int) -> int:
-    """Most prefill ranks that any decode rank hears from.
-
-    Raises:
-        ValueError: Heads cannot be split over one of the two.
-    """
-    plan = plan_exchanges(kv_heads, prefill_tp, decode_tp)
-    return max(sum(one.decode_rank == rank for one in plan) for rank in range(decode_tp))

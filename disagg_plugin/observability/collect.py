@@ -56,6 +56,17 @@ CHANNEL_COUNTERS: Mapping[str, tuple[str, ...]] = {
     "messages_out": ("disagg_side_channel_messages_total", "sent"),
     "callback_errors": ("disagg_internal_errors_total", "side_channel"),
 }
+# what the ledger of a prefix store counts (control/prefix_ledger.py) → metric and labels
+PREFIX_COUNTERS: Mapping[str, tuple[str, ...]] = {
+    "device_hit_tokens": ("disagg_prefix_tokens_total", "device"),
+    "store_hit_tokens": ("disagg_prefix_tokens_total", "lmcache"),
+    "wire_tokens": ("disagg_prefix_tokens_total", "wire"),
+    "lookups": ("disagg_lmcache_events_total", "lookup"),
+    "lookup_timeout": ("disagg_lmcache_events_total", "lookup_timeout"),
+    "unused_lookups": ("disagg_lmcache_events_total", "unused"),
+    "failed_loads": ("disagg_lmcache_events_total", "failed_load"),
+    "load_failed": ("disagg_lmcache_events_total", "withdrawn"),
+}
 # of the totals of both roles, what is not an event in a transfer's life
 _BYTES = frozenset({"wire_bytes", "raw_bytes"})
 # phases of a transfer: name, from, to; fields of the rows that the roles describe transfers with
@@ -152,6 +163,10 @@ class Collector:
                 gauges[series_key("disagg_held_tokens", role)] = side.get("held_tokens", 0)
         self._read_ranks(deltas, gauges, (decode or prefill).get("ranks") or {})
         self._read_peers(deltas, gauges, view, prefill)
+        if (lmcache := view.get("lmcache")) is not None:
+            gauges[series_key("disagg_lmcache_active")] = 0 if lmcache["inactive_reason"] else 1
+            for name, labelled in PREFIX_COUNTERS.items():
+                self._increase(deltas, lmcache["totals"].get(name, 0), *labelled)
         for name, value in (view.get("side_channel") or {}).items():
             if (target := CHANNEL_COUNTERS.get(name)) is not None:
                 self._increase(deltas, value, *target)

@@ -99,6 +99,10 @@ _TABLE: tuple[Metric, ...] = (
     _times("disagg_transfer_seconds", "How long the phases of a transfer took.", "phase"),
     _count("disagg_transfer_wire_bytes_total", "Bytes of KV that travelled, after the codec.", "direction"),
     _count("disagg_transfer_logical_bytes_total", "Bytes that the same KV takes in the cache.", "direction"),
+    # prefixes
+    _count("disagg_prefix_tokens_total", "Prompt tokens not computed here, by where their KV came from.", "tier"),
+    _gauge("disagg_lmcache_active", "1 while LMCache is asked for prefixes; 0: configured, and not used."),
+    _count("disagg_lmcache_events_total", "Look-ups in LMCache, and what went wrong.", "event"),
     # chunks, slots, credits
     _count("disagg_chunks_total", "KV chunks.", "direction"),
     _times(

@@ -13,11 +13,12 @@ QUEUES = {
     "running": ("vllm:num_requests_running", "sglang:num_running_reqs"),
     "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
 }
-CACHES = {
-    "own prefix cache": ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
-    "from others": ("vllm:external_prefix_cache_hits_total", "vllm:external_prefix_cache_queries_total"),
-}
-KV_USAGE = "vllm:kv_cache_usage_perc"
+CACHES = (
+    ("own prefix cache", "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
+    ("from others", "vllm:external_prefix_cache_hits_total", "vllm:external_prefix_cache_queries_total"),
+    ("prefix cache", "sglang:cached_tokens_total", "sglang:prompt_tokens_total"),  # what others computed is in it too
+)
+KV_USAGE = ("vllm:kv_cache_usage_perc", "sglang:token_usage")
 
 
 class Scrape:
@@ -77,6 +78,7 @@ def status_of(scrape: Scrape, *, now_s: float) -> View:
         },
         "transfers": _transfers(scrape),
         "cache_hits": _cache_hits(scrape),
+        "prefix_tokens": _counts(scrape.by("disagg_prefix_tokens_total", "tier")),
     }
 
 
@@ -126,7 +128,7 @@ def _queues(scrape: Scrape) -> View:
         name = next((name for name in names if name in scrape), None)
         if name is not None:
             queues[what] = int(scrape.total(name))
-    usages = [value for _, value in scrape.samples(KV_USAGE)]
+    usages = [value for name in KV_USAGE for _, value in scrape.samples(name)]
     if usages:
         queues["kv_cache_usage"] = max(usages)
     return queues
@@ -175,7 +177,7 @@ def _transfers(scrape: Scrape) -> View:
 def _cache_hits(scrape: Scrape) -> View:
     """Share of asked tokens that were there."""
     shares: View = {}
-    for what, (hits, queries) in CACHES.items():
+    for what, hits, queries in CACHES:
         if (asked := scrape.total(queries)) > 0:
             shares[what] = scrape.total(hits) / asked
     return shares

@@ -18,7 +18,7 @@ Reasons to refuse, the first two with 503 instead of 429:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from disagg_policies.admission_snapshots import (
@@ -31,10 +31,11 @@ from disagg_policies.admission_snapshots import (
     Refused,
     ServiceClass,
 )
-from disagg_policies.estimates import local_ttft_s, remote_ttft_s
-from disagg_policies.snapshots import Prompt, Snapshot
+from disagg_policies.estimates import local_ttft_s, queue_ahead_s, remote_ttft_s
+from disagg_policies.snapshots import Prompt, Snapshot, WorkerState
 
 LEAST_RETRY_S, LONGEST_RETRY_S = 1, 60
+MOST_URGENT = 0.9  # share of the speed that more urgent requests are believed to take at most
 STRETCH = 1.1  # a request this much slower than alone is not late because of others
 
 
@@ -47,6 +48,7 @@ class Forecast:
         wait_s: Part of the shorter way that others are to blame for, seconds.
         tpot_s: Mean seconds per further token.
         alone_s, alone_tpot_s: The same on idle engines.
+        goes_remote: It will be prefilled remotely, whichever way is shorter.
     """
 
     local_s: float
@@ -55,11 +57,14 @@ class Forecast:
     tpot_s: float
     alone_s: float
     alone_tpot_s: float
+    goes_remote: bool = False
 
     @property
     def ttft_s(self) -> float:
-        """Seconds to the first token, the shorter way."""
-        return self.local_s if self.remote_s is None else min(self.local_s, self.remote_s)
+        """Seconds to the first token, the shorter way where there is a choice."""
+        if self.remote_s is None:
+            return self.local_s
+        return self.remote_s if self.goes_remote else min(self.local_s, self.remote_s)
 
 
 def projected(
@@ -147,7 +152,7 @@ def current_queue(
     if early is not None:
         return early
     own_class = snapshot.class_named(snapshot.request.service_class)
-    queued = sum(work.requests for work in snapshot.queued)
+    queued = sum(work.requests for work in (*snapshot.queued, *snapshot.reserved))
     queued += sum(worker.queued_requests + worker.in_flight_requests for worker in snapshot.workers)
     ttft_s = queued * snapshot.mean_prefill_s + snapshot.decode.running_decodes * snapshot.mean_decode_s
     pressure = ttft_s / own_class.ttft_slo_s
@@ -180,55 +185,91 @@ def current_queue(
 def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_tokens: int = 2048) -> Forecast:
     """What this request would see in ``service_class``.
 
-    *TTFT*: local or remote as in ``estimates``, the shorter one; in the local queue only what the class cannot
-    overtake: equal or more urgent priority, everything where the engine does not reorder. On top of either, the wait
-    for KV space and for a place in the batch::
+    *TTFT*: local or remote as in ``estimates``, the shorter one unless the snapshot says which way it will go; in
+    either queue only what the class cannot overtake: equal or more urgent priority, everything where nobody reorders.
+    What is on its way to the scheduler is ahead in both. Of the speed at which a queue is worked off, more urgent
+    requests that go on arriving take their share::
+
+        queue wait  = queue ahead / (1 - min(0.9, tokens per second of more urgent classes / tokens per second in all))
+
+    On top of either way, the wait for KV space and for a place in the batch::
 
         kv wait     = max(0, tokens ahead + prompt - capacity * (1 - usage)) / capacity * decode_lasts_s
         batch wait  = max(0, running + requests ahead + 1 - max_running) / max_running * decode_lasts_s
 
-    *TPOT*: a decode step of the batch at the moment when this prefill will end. Each running decode lasts
-    ``decode_lasts_s`` and they began evenly, so of ``running`` are left ``running * (1 - own / decode_lasts_s)``, where
-    ``own`` are the seconds of this prefill alone, the shorter way. To them come all requests ahead, those that land
-    here, and this one. That more decodes end while this request waits for others is left out on purpose: a longer queue
-    must not make anybody admissible.
+    *TPOT*: a decode step of the batch at the moment when this prefill will end, and what prompts add to steps now.
+    Each running decode lasts ``decode_lasts_s`` and they began evenly, so of ``running`` are left
+    ``running * (1 - own / decode_lasts_s)``, where ``own`` are the seconds of this prefill alone, the shorter way. To
+    them come all requests ahead, those that land here, and this one. That more decodes end while this request waits for
+    others is left out on purpose: a longer queue must not make anybody admissible.
     """
     request, decode = snapshot.request, snapshot.decode
     ahead = work_ahead(snapshot, service_class)
+    coming = _ahead(snapshot.reserved, service_class, snapshot.reorders)
     new_tokens = max(1, request.prompt_tokens - request.cached_tokens)  # an engine computes at least the last token
-    prompt = Prompt("", request.prompt_tokens, request.prompt_tokens - new_tokens)
+    prompt = Prompt("", request.prompt_tokens, request.prompt_tokens - new_tokens, priority=service_class.priority)
     seen = Snapshot(
         prompt,
         replace(decode, queued_requests=ahead.requests, queued_prefill_tokens=ahead.tokens),
         snapshot.workers,
     )
     model = decode.decode
-    alone_s = decode.prefill.seconds(new_tokens, prompt.cached_tokens)
+    usable = [w for w in snapshot.workers if w.healthy and request.prompt_tokens <= w.max_prompt_tokens]
+    above_tokens = snapshot.offload_above_tokens
+    goes_remote = above_tokens is not None and new_tokens > above_tokens and bool(usable)
+    stretch = _stretch(snapshot, service_class, usable, local=not goes_remote)
     space_s = _space_wait_s(snapshot, ahead)
-    local_s = local_ttft_s(seen) + space_s
-    wait_s = local_s - alone_s
+    alone_s = decode.prefill.seconds(new_tokens, prompt.cached_tokens)
+    local_s = (local_ttft_s(seen) - alone_s) * stretch + alone_s + space_s
+    wait_s = math.inf if goes_remote else local_s - alone_s
+    alone_s = math.inf if goes_remote else alone_s
     remote_s: float | None = None
     step_s = model.seconds(decode.running_decodes + 1, decode.decode_context_tokens)
-    for worker in snapshot.workers:
-        if worker.healthy and request.prompt_tokens <= worker.max_prompt_tokens:
-            through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens)
-            alone_s = min(alone_s, through_s - worker.queue_s - step_s)
-            remote_s = through_s + space_s if remote_s is None else min(remote_s, through_s + space_s)
-            wait_s = min(wait_s, worker.queue_s + space_s)
+    for worker in usable if above_tokens is None or goes_remote else ():
+        through_s = remote_ttft_s(seen, worker, 0, chunk_tokens=chunk_tokens)
+        queue_s = queue_ahead_s(worker, service_class.priority)
+        alone_s = min(alone_s, through_s - queue_s - step_s)
+        waits_s = (queue_s + coming.tokens * worker.s_per_token) * stretch + space_s
+        through_s += waits_s - queue_s
+        remote_s = through_s if remote_s is None else min(remote_s, through_s)
+        wait_s = min(wait_s, waits_s)
 
     left = max(0.0, 1.0 - alone_s / snapshot.decode_lasts_s) if snapshot.decode_lasts_s > 0 else 0.0
     batch = decode.running_decodes * left + ahead.requests + snapshot.landing_requests
     context = decode.decode_context_tokens * left + ahead.tokens + snapshot.landing_tokens
-    tpot_s = model.base_s + model.per_request_s * (batch + 1)
+    tpot_s = model.base_s + model.per_request_s * (batch + 1) + snapshot.decode_stall_s
     tpot_s += model.per_context_token_s * (context + request.prompt_tokens)
-    return Forecast(local_s, remote_s, wait_s, tpot_s, alone_s, model.seconds(1, request.prompt_tokens))
+    alone_tpot_s = model.seconds(1, request.prompt_tokens)
+    return Forecast(local_s, remote_s, wait_s, tpot_s, alone_s, alone_tpot_s, goes_remote)
+
+
+def _stretch(
+    snapshot: AdmissionSnapshot, service_class: ServiceClass, usable: Sequence[WorkerState], *, local: bool
+) -> float:
+    """How much longer a queue lasts because more urgent requests go on arriving."""
+    if not snapshot.reorders:
+        return 1.0
+    urgent = sum([rate for priority, rate in snapshot.arriving if priority < service_class.priority])
+    if not urgent:
+        return 1.0
+    speed = sum([1.0 / worker.s_per_token for worker in usable])
+    per_token_s = snapshot.decode.prefill.per_token_s
+    if local and per_token_s > 0:
+        speed += 1.0 / per_token_s
+    return 1.0 / (1.0 - min(MOST_URGENT, urgent / speed)) if speed > 0 else 1.0
 
 
 def work_ahead(snapshot: AdmissionSnapshot, service_class: ServiceClass) -> QueuedWork:
-    """What ``service_class`` cannot overtake of the local queue."""
+    """What ``service_class`` cannot overtake of the local queue, and of what is on its way to it."""
+    queued = _ahead(snapshot.queued, service_class, snapshot.reorders)
+    coming = _ahead(snapshot.reserved, service_class, snapshot.reorders)
+    return QueuedWork(service_class.priority, queued.requests + coming.requests, queued.tokens + coming.tokens)
+
+
+def _ahead(works: Sequence[QueuedWork], service_class: ServiceClass, reorders: bool) -> QueuedWork:
     requests = tokens = 0
-    for work in snapshot.queued:
-        if work.priority <= service_class.priority or not snapshot.reorders:
+    for work in works:
+        if work.priority <= service_class.priority or not reorders:
             requests += work.requests
             tokens += work.tokens
     return QueuedWork(service_class.priority, requests, tokens)

@@ -75,7 +75,8 @@ class AdmissionSnapshot:
         classes: Sorted by priority.
         decode: Its queue counts are not used: ``queued`` has them by priority.
         workers: Prefill workers; those that are not healthy do not count.
-        queued: Work admitted and not computed yet, what is still on its way to the scheduler included.
+        queued: Prompts that wait here for a local prefill.
+        reserved: Work that was admitted and is still on its way to the scheduler: nobody knows yet where it will go.
         reorders: The engine schedules by priority; otherwise everything is ahead of everybody.
         landing_requests, landing_tokens: Prompts being prefilled elsewhere, which will decode here.
         decode_lasts_s: Seconds that a decode takes from its first token to its last; fitted.
@@ -88,6 +89,10 @@ class AdmissionSnapshot:
         overused: The request's key has had more than its share of its class.
         draining: The engine takes no new requests.
         serves: Some engine is there at all.
+        offload_above_tokens: A prompt with more uncached tokens is prefilled remotely wherever a worker is there, any
+            other one locally; None: whichever way is the shorter one.
+        decode_stall_s: Mean seconds by which prompts made recent decode steps longer.
+        arriving: ``(priority, tokens per second)`` of prompts that were admitted lately.
     """
 
     request: Arrival
@@ -108,6 +113,10 @@ class AdmissionSnapshot:
     overused: bool = False
     draining: bool = False
     serves: bool = True
+    reserved: tuple[QueuedWork, ...] = ()
+    offload_above_tokens: int | None = None
+    decode_stall_s: float = 0.0
+    arriving: tuple[tuple[int, float], ...] = ()
 
     def class_named(self, name: str) -> ServiceClass:
         """One of the classes.

@@ -27,10 +27,22 @@ def decode_harm_s(snapshot: Snapshot) -> float:
     return decode.running_decodes * decode.prefill.seconds(prompt.uncached_tokens, prompt.held_tokens)
 
 
+def queue_ahead_s(worker: WorkerState, priority: int) -> float:
+    """Seconds until a worker would start a prompt of this priority: its whole queue, less what is overtaken.
+
+    Really overtaken is only what has not begun. A prompt in the middle of its prefill is finished first, so this is
+    short by at most one prefill.
+    """
+    if not worker.by_priority:
+        return worker.queue_s
+    overtaken = sum([tokens for other, tokens in worker.by_priority if other > priority])
+    return max(0.0, worker.queue_s - overtaken * worker.s_per_token)
+
+
 def remote_ttft_s(snapshot: Snapshot, worker: WorkerState, overlap_tokens: int, *, chunk_tokens: int) -> float:
     """Overhead, P's queue, P's prefill with most of the transfer beside it, the exposed rest of it, one step on D.
 
-    ``overhead_s + queue_s + max(prefill(n - overlap, overlap), hidden) + exposed + decode step``. Of the ``n - 1 -
+    ``overhead_s + queue ahead + max(prefill(n - overlap, overlap), hidden) + exposed + decode step``. Of the ``n - 1 -
     held`` tokens that travel (the last one never does, and what D holds does not), those of P's last step can leave
     only after it: ``exposed = setup_s + min(n - 1 - held, chunk) * link.s_per_token``. The others, ``hidden``, are on
     the wire while P computes.
@@ -48,4 +60,5 @@ def remote_ttft_s(snapshot: Snapshot, worker: WorkerState, overlap_tokens: int, 
     last_tokens = min(wire_tokens, chunk_tokens)
     hidden_s, exposed_s = (wire_tokens - last_tokens) * s_per_token, link.setup_s + last_tokens * s_per_token
     step_s = decode.decode.seconds(decode.running_decodes + 1, decode.decode_context_tokens)
-    return worker.overhead_s + worker.queue_s + max(prefill_s, hidden_s) + exposed_s + step_s
+    queue_s = queue_ahead_s(worker, prompt.priority)
+    return worker.overhead_s + queue_s + max(prefill_s, hidden_s) + exposed_s + step_s

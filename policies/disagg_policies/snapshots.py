@@ -165,6 +165,8 @@ class WorkerState(_Derived):
         overhead_s: What an offload to it costs that is neither queue, prefill nor bytes: offer, HTTP, hand-over.
         prefill: What D learned about its prefills.
         link: What D learned about the wire from it.
+        by_priority: ``(priority, tokens)`` of its queue and of what is in flight, where it schedules by priority: what
+            is less urgent is not ahead of a prompt. Empty where it does not.
     """
 
     worker: str
@@ -181,6 +183,7 @@ class WorkerState(_Derived):
     overhead_s: float = 0.0
     prefill: PrefillModel = PrefillModel()
     link: Link = Link()
+    by_priority: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         speed, running, link = self.prefill_tokens_per_s, self.running_requests, self.link

@@ -10,6 +10,7 @@ import sglang.srt.mem_cache.radix_cache  # noqa: F401  what the connector import
 import torch
 from contract.rig import GEOMETRY, PAGE, PAGES, SETTINGS, FakePort, new_plane
 
+from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.testing import MemoryNetwork
 from disagg_sglang.kv_views import SlotView
@@ -92,28 +93,31 @@ class SglangRig:
             waiting_queue=[],
             chunked_req=None,
             last_batch=None,
+            max_queued_requests=None,
+            _engine_paused=False,
             running_batch=SimpleNamespace(is_empty=lambda: not self.running),
             grammar_manager=SimpleNamespace(grammar_queue=[]),
         )
         self.running: set[str] = set()
         self.requests: dict[str, Any] = {}
         self.decode = DecodeSide(SETTINGS, port, engine="d", kv_capacity_tokens=PAGES * PAGE)
-        self.fill = PromptFill(self.scheduler, self.decode, port)  # type: ignore[arg-type]  # the port does both
+        self.queue = EngineQueue()
+        self.fill = PromptFill(self.scheduler, self.decode, port, self.queue)  # type: ignore[arg-type]  # the port is both
 
-    def send(self, request_id: str, prompt: list[int]) -> None:
+    def send(self, request_id: str, prompt: list[int], **fields: object) -> None:
         ended = SimpleNamespace(value=False)
         absent = ("bootstrap_host", "bootstrap_room", "input_embeds", "positional_embed_overrides", "multimodal_inputs")
         absent += ("to_finish", "session", "lora_id", "extra_key", "token_type_ids", "cache_salt", "priority")
         no = ("return_logprob", "return_hidden_states", "return_routed_experts", "skip_radix_cache_insert")
-        req = SimpleNamespace(
-            rid=request_id,
-            origin_input_ids=array("q", prompt),
-            bootstrap_port=8998,
-            ended=ended,
-            finished=lambda: ended.value,
-            **dict.fromkeys(absent),
-            **dict.fromkeys(no, False),
-        )
+        given = {
+            "rid": request_id,
+            "origin_input_ids": array("q", prompt),
+            "bootstrap_port": 8998,
+            "sampling_params": SimpleNamespace(custom_params=None),
+            "ended": ended,
+            "finished": lambda: ended.value,
+        }
+        req = SimpleNamespace(**{**dict.fromkeys(absent), **dict.fromkeys(no, False), **given, **fields})
         self.requests[request_id] = req
         if not self.fill.take(req, lambda: self.scheduler.waiting_queue.append(req)):
             self.scheduler.waiting_queue.append(req)

@@ -87,7 +87,8 @@ class VllmRig:
             taken, self.free = self.free[:count], self.free[count:]
             self.blocks[request_id] = taken
             self.loading[request_id] = external
-            self.scheduler.allocated(request, tuple(taken), external)
+            blocks: Any = SimpleNamespace(get_block_ids=lambda taken=taken: (taken,))
+            self.scheduler.allocated(request, blocks, external)
         empty = SimpleNamespace(
             preempted_req_ids=None,
             scheduled_new_reqs=[],

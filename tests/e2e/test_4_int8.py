@@ -6,7 +6,6 @@ the offload threshold, hit the landed context in the decode engine's prefix cach
 reference is the prefill engine, asked directly: an ordinary engine that computed the same context itself.
 """
 
-import math
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import yaml
 from e2e.client import Engine, at_once
 from e2e.conftest import Plan, settings, settle
 from e2e.offloads import Offloads
+from e2e.predictions import TOP, TOPICS, Compared, assert_predicts_the_same, compare, ids_of, text_of, top_logprobs
 from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
 from models import smollm2
@@ -28,14 +28,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 CONTEXT_TOKENS = 224  # 7 blocks of 32
 POSITIONS = 101
-TOP = 200
-TOPICS = (
-    "The lighthouse keeper wrote in his diary every evening, even in winter when",
-    "A compiler translates a program in several passes. First it",
-    "In 1666 a great fire destroyed most of the city. Historians agree that",
-    "To bake bread you need flour, water, salt and patience. Begin by",
-    "The patient was admitted with a fever and a persistent cough; the doctors",
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,55 +54,16 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine
         yield prefill, decode
 
 
-def ids_of(engine: Engine, text: str) -> list[int]:
-    response = engine.http.post(f"{engine.url}/tokenize", json={"model": engine.model, "prompt": text})
-    ids: list[int] = response.json()["tokens"]
-    return ids
-
-
-def top_logprobs(engine: Engine, prompt: list[int], salt: str) -> dict[str, float]:
-    """Logprobs of the most likely next tokens, by token id."""
-    body = {"model": engine.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
-    body |= {"cache_salt": salt, "return_tokens_as_token_ids": True}
-    response = engine.http.post(f"{engine.url}/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    top: dict[str, float] = response.json()["choices"][0]["logprobs"]["top_logprobs"][0]
-    return top
-
-
-def kl_divergence(local: dict[str, float], offloaded: dict[str, float]) -> float:
-    """KL(local || offloaded) in nats, over the tokens that both name and one bucket for all others.
-
-    The bucket bounds the tail from below by the data-processing inequality; with 200 tokens named it holds little.
-    """
-    both = local.keys() & offloaded.keys()
-    kl = sum(math.exp(local[t]) * (local[t] - offloaded[t]) for t in both)
-    rest_p = max(1e-12, 1 - sum(math.exp(local[t]) for t in both))
-    rest_q = max(1e-12, 1 - sum(math.exp(offloaded[t]) for t in both))
-    return kl + rest_p * math.log(rest_p / rest_q)
-
-
-def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[tuple[float, bool, float]]:
-    """(KL, same first choice, local mass outside the compared tokens) at each position of one text."""
-    seed_ids = ids_of(prefill, topic)
-    wanted = CONTEXT_TOKENS + POSITIONS
-    body = {"model": prefill.model, "prompt": seed_ids, "max_tokens": wanted, "temperature": 0.8, "seed": number}
-    body |= {"ignore_eos": True, "return_token_ids": True, "cache_salt": f"make-{number}"}
-    reply = prefill.http.post(f"{prefill.url}/v1/completions", json=body).json()
-    ids = (seed_ids + reply["choices"][0]["token_ids"])[:wanted]
+def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[Compared]:
+    """A context that is offloaded once, and what both engines expect behind it."""
+    ids = text_of(prefill, topic, CONTEXT_TOKENS + POSITIONS, seed=number)
     counted = Offloads(decode)
-    compared = []
-    for position in range(CONTEXT_TOKENS, wanted):
-        prefix = ids[: position + 1]
-        local, offloaded = at_once(
-            [
-                lambda p=prefix: top_logprobs(prefill, p, f"local-{number}"),
-                lambda p=prefix: top_logprobs(decode, p, f"offloaded-{number}"),
-            ]
-        )
-        named = sum(math.exp(local[t]) for t in local.keys() & offloaded.keys())
-        same = max(local, key=local.__getitem__) == max(offloaded, key=offloaded.__getitem__)
-        compared.append((kl_divergence(local, offloaded), same, 1 - named))
+    compared = compare(
+        ids,
+        CONTEXT_TOKENS,
+        lambda prefix: top_logprobs(prefill, prefix, f"local-{number}"),
+        lambda prefix: top_logprobs(decode, prefix, f"offloaded-{number}"),
+    )
     totals = counted.totals()
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0), "the context, and nothing else"
     (transfer,) = [t for t in decode.snapshot()["decode"]["recent"] if t["wire_bytes"] == totals["wire_bytes"]][-1:]
@@ -123,17 +76,10 @@ def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[t
 def test_int8_kv_predicts_what_local_kv_predicts(real_pair: tuple[Engine, Engine], record_property: Any) -> None:
     prefill, decode = real_pair
     compared = [c for number, topic in enumerate(TOPICS) for c in one_text(prefill, decode, topic, number)]
-    mean_kl = sum(kl for kl, _, _ in compared) / len(compared)
-    agreement = sum(same for _, same, _ in compared) / len(compared)
+    mean_kl, agreement = assert_predicts_the_same(compared)
     record_property("mean_kl", mean_kl)
     record_property("top1_agreement", agreement)
-    print(f"\n{len(compared)} positions: mean KL {mean_kl:.2e}, top-1 agreement {agreement:.4f}")
-    assert len(compared) >= 500
-    assert sum(tail for _, _, tail in compared) / len(compared) < 0.2, "most of the probability is compared by token"
-    assert mean_kl <= 5e-4
-    assert agreement >= 0.99
     settle(decode)
-    settle(prefill)
 
 
 def test_the_offline_example_prefills_on_the_running_prefill_engine(

@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from disagg_plugin.control.service import fetch_snapshot
 
@@ -68,6 +69,16 @@ class Engine:
                 return
             Event().wait(0.05)
         raise AssertionError(f"{self.url} is never idle: {json.dumps(self.snapshot(), indent=1)[:4000]}")
+
+    def metrics(self, name: str) -> dict[tuple[str, ...], float]:
+        """What one metric on /metrics says, by its own label values, in the labels' alphabetical order."""
+        found: dict[tuple[str, ...], float] = {}
+        for family in text_string_to_metric_families(self.http.get(f"{self.url}/metrics").text):
+            for sample in family.samples:
+                if sample.name == name:
+                    own = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+                    found[tuple(own[label] for label in sorted(own))] = sample.value
+        return found
 
     def snapshot(self) -> dict[str, Any]:
         """The plugin's debug view of this engine."""

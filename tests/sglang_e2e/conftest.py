@@ -1,6 +1,6 @@
 """Real SGLang servers, shared by all tests of the session: a prefill, a decode, and a stock one beside them.
 
-Three starts here, five in the whole suite (``test_2_faults`` restarts the prefill server, ``test_3_int8`` adds one).
+Four starts here, five in the whole suite: ``test_2_faults`` restarts the prefill server.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,19 @@ import pytest
 import yaml
 from engines import free_port, serving, sglang_command, sglang_env
 from models import tiny
-from sglang_e2e.client import Engine, at_once
+from sglang_e2e.client import Engine, at_once, prompt_of
 
 THRESHOLD = 24  # below every prompt that is to be offloaded, above the ones that are to stay
 PAGE = 16
 CHUNK_TOKENS = 256
+PREFILL_QUEUE = 8  # that the prefill server takes; its decode server would send it more
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # tiny: layers × sides × heads × head_dim × float32
 
+CLASSES = {
+    "high": {"ttft_slo_s": 600.0},
+    "normal": {"ttft_slo_s": 600.0},
+    "low": {"ttft_slo_s": 0.6, "degrade": ["max_tokens:4"]},
+}
 TRANSFER = {
     "codec": "raw",
     "slot_bytes": 1 << 20,  # 255 tokens of the tiny model
@@ -40,10 +46,11 @@ class Plan:
     mode: str | None = None
     settings: dict[str, Any] | None = None
     bootstrap_port: int = 0
+    flags: tuple[str, ...] = ()
 
     def start(self, stack: ExitStack, folder: Path) -> Engine:
         """Start the server; ``stack`` ends it."""
-        extra = ["--chunked-prefill-size", str(CHUNK_TOKENS)]
+        extra = ["--chunked-prefill-size", str(CHUNK_TOKENS), *self.flags]
         side_port = 0
         if self.mode is not None and self.settings is not None:
             config = folder / f"{self.name}.yaml"
@@ -107,7 +114,9 @@ def settings(side_port: int, **more: Any) -> dict[str, Any]:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     p_port, p_side, p_bootstrap, d_port, d_side, s_port = (free_port() for _ in range(6))
-    p_plan = Plan("prefill", p_port, "prefill", settings(p_side), p_bootstrap)
+    split = {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": PREFILL_QUEUE}
+    p_settings = settings(p_side, split_policy=split)
+    p_plan = Plan("prefill", p_port, "prefill", p_settings, p_bootstrap, ("--enable-metrics",))
     worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
     d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))
     with ExitStack() as stack:
@@ -119,6 +128,24 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         decode.generate(range(1_000, 1_600))  # the first transfer wires the NIXL agents up
         decode.flush()
         yield Fleet(p_plan, prefill, decode, stock, folder, prefill_life, our_threads(decode.snapshot()))
+
+
+@pytest.fixture(scope="session")
+def second_decode(fleet: Fleet) -> Iterator[Engine]:
+    """Another decode server of the same prefill server: it asks for int8, refuses early, and has /metrics."""
+    worker = {"url": fleet.prefill.url, "side_channel": f"127.0.0.1:{fleet.prefill.side_port}"}
+    more = {
+        "prefill_workers": [worker],
+        "transfer": {**TRANSFER, "codec": "int8"},
+        "qos": {"enable_early_rejection": True, "classes": CLASSES},
+        "observability": {"admin_route": True},
+    }
+    plan = Plan("second", free_port(), "decode", settings(free_port(), **more), flags=("--enable-metrics",))
+    with ExitStack() as stack:
+        decode = plan.start(stack, fleet.folder)
+        decode.when(connected)
+        decode.generate(prompt_of(600, seed=40))  # the guard measures the model's own KV before it lets int8 through
+        yield decode
 
 
 def connected(view: dict[str, Any]) -> bool:

@@ -135,6 +135,29 @@ def test_a_batch_of_prompts_and_two_samples_of_one(pair: Fleet) -> None:
     assert [sample["output_ids"] for sample in two] == [single, single]
 
 
+def test_openai_batches_and_several_choices(pair: Fleet) -> None:
+    """Two prompts, three choices each, over completions; two over chat."""
+    prompts = [prompt_of(tokens, seed=13) for tokens in (120, 200)]
+    completions = {"prompt": prompts, "n": 3, "max_tokens": 6, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "Of ships. " * 40}], "n": 2, "max_tokens": 6, "temperature": 0}
+    counted = Offloads(pair.decode)
+    pair.stock.flush()
+    ours, single = [
+        (
+            [c["text"] for c in engine.post("/v1/completions", model=engine.model, **completions)["choices"]],
+            [
+                c["message"]["content"]
+                for c in engine.post("/v1/chat/completions", model=engine.model, **chat)["choices"]
+            ],
+        )
+        for engine in (pair.decode, pair.stock)
+    ]
+    assert ours == single
+    assert [len(part) for part in ours] == [6, 2]
+    assert counted.totals()["landed"] >= 3
+    assert counted.totals()["fallbacks"] == 0
+
+
 def test_sampling_belongs_to_the_decode_server(pair: Fleet) -> None:
     """A JSON grammar, and logprobs of the prompt: what a single server gives.
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from sglang_e2e.client import Engine, Offloads, at_once, prompt_of, same_tokens
-from sglang_e2e.conftest import Fleet, connected, is_quiet
+from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -34,6 +34,21 @@ def stopped(engine: Engine) -> Iterator[None]:
         yield
     finally:
         signal_tree(engine, signal.SIGCONT)
+
+
+@contextmanager
+def deaf(engine: Engine) -> Iterator[None]:
+    """A server whose API process hangs for the body: its scheduler lives, and what it accepts does not arrive."""
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+
+
+def held_back(view: dict[str, Any]) -> int:
+    """Requests that wait for KV; pages are given to those at once whose prefill should start right away."""
+    return int(view["waiting"]["waiting"] + view["waiting"]["receiving"])
 
 
 def chunks_received(view: dict[str, Any]) -> int:
@@ -64,6 +79,37 @@ def test_a_request_that_is_aborted_while_its_pages_are_filled_leaves_nothing(pai
     abort_while(pair, "receiving", prompt_of(3_800, seed=29))
     pair.prefill.when(is_quiet)
     assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
+
+
+def test_prompts_that_the_prefill_server_refuses_are_computed_here(pair: Fleet) -> None:
+    """Its queue takes so many and no more, whatever the decode server thinks of it."""
+    prompts = [prompt_of(100, seed=50 + number) for number in range(PREFILL_QUEUE + 4)]
+    counted = Offloads(pair.decode)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        with deaf(pair.prefill):
+            futures = [pool.submit(pair.decode.generate, prompt) for prompt in prompts]
+            pair.prefill.when(lambda v: v["prefill_service"].get("refused_queue_full", 0) == 4)
+            pair.decode.when(lambda v: held_back(v) == PREFILL_QUEUE)
+        got = [future.result(timeout=120) for future in futures]
+    totals = counted.totals()
+    assert (totals["landed"], totals["fallbacks"]) == (PREFILL_QUEUE, 4)
+    for prompt, answer in zip(prompts, got, strict=True):
+        assert same_tokens(answer, pair.local(prompt))
+
+
+def test_what_waits_for_kv_counts_in_sglangs_load_report(pair: Fleet) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        with deaf(pair.prefill):
+            futures = [pool.submit(pair.decode.generate, prompt_of(100, seed=80 + number)) for number in range(3)]
+            pair.decode.when(lambda v: held_back(v) == 3)
+            (load,) = pair.decode.http.get(f"{pair.decode.url}/v1/loads").json()["loads"]
+            assert pair.decode.http.post(f"{pair.decode.url}/flush_cache").status_code != 200, "it is not idle"
+        for future in futures:
+            future.result(timeout=120)
+    assert load["num_waiting_reqs"] == 3
+    queues = load["disaggregation"]
+    assert queues["mode"] == "decode"
+    assert queues["decode_prealloc_queue_reqs"] + queues["decode_transfer_queue_reqs"] == 3
 
 
 def test_a_prompt_that_the_prefill_server_gets_wrong_is_computed_here(pair: Fleet) -> None:

@@ -3,42 +3,33 @@
 How good int8 KV is, is a question for a trained model: ``benchmarks/cross_engine.py --codec int8`` asks it.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-
 import pytest
-from engines import free_port
 from sglang_e2e.client import Engine, Offloads, prompt_of
-from sglang_e2e.conftest import TRANSFER, Fleet, Plan, connected, is_quiet, settings
+from sglang_e2e.conftest import Fleet, is_quiet
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 UNDECIDED = 0.1  # a lead of the best token, in logprobs, that rounding may turn over in a random model
 
 
-@pytest.fixture(scope="module")
-def int8_decode(fleet: Fleet) -> Iterator[Engine]:
-    """A second decode server of the same prefill server, which asks for int8."""
-    worker = {"url": fleet.prefill.url, "side_channel": f"127.0.0.1:{fleet.prefill.side_port}"}
-    transfer = {**TRANSFER, "codec": "int8"}
-    plan = Plan("int8", free_port(), "decode", settings(free_port(), prefill_workers=[worker], transfer=transfer))
-    with ExitStack() as stack:
-        decode = plan.start(stack, fleet.folder)
-        decode.when(connected)
-        decode.generate(prompt_of(600, seed=40))  # the guard measures the model's own KV before it lets int8 through
-        yield decode
-
-
 @pytest.mark.parametrize("tokens", [100, 700])
-def test_int8_moves_a_quarter_and_predicts_the_same_token(fleet: Fleet, int8_decode: Engine, tokens: int) -> None:
+def test_int8_moves_a_quarter_and_predicts_the_same_token(fleet: Fleet, second_decode: Engine, tokens: int) -> None:
     prompt = prompt_of(tokens, seed=41)
-    counted = Offloads(int8_decode)
-    got = int8_decode.generate(prompt, max_new_tokens=1)
+    counted = Offloads(second_decode)
+    got = second_decode.generate(prompt, max_new_tokens=1)
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (1, 0)
     assert totals["wire_bytes"] <= 0.27 * totals["raw_bytes"] + 4096, "of an fp32 cache; a chunk's header comes on top"
-    (transfer,) = int8_decode.snapshot()["decode"]["recent"][-1:]
+    (transfer,) = second_decode.snapshot()["decode"]["recent"][-1:]
     assert set(transfer["codecs"]) <= {"int8", "int8c"}
     local = fleet.local(prompt, max_new_tokens=1)
     assert got.output_ids == local.output_ids or local.top2_gaps[0] < UNDECIDED
-    int8_decode.when(is_quiet)
+    second_decode.when(is_quiet)
+
+
+def test_the_prefill_server_counts_on_its_metrics(fleet: Fleet, second_decode: Engine) -> None:
+    second_decode.generate(prompt_of(300, seed=42), max_new_tokens=1)
+    fleet.prefill.when(is_quiet)
+    assert fleet.prefill.metrics("disagg_offers_answered_total")[("accepted",)] > 0
+    assert fleet.prefill.metrics("disagg_chunks_total")[("sent",)] > 0
+    assert fleet.prefill.metrics("disagg_ttft_seconds_count") == {}, "prompts for others are no requests of its own"

@@ -94,3 +94,15 @@ def test_garbage_in_the_file_harms_nobody(path: Path) -> None:
         file.write(b"\x02" + b"\x00" * 7 + b"\xff\x00\x00\x00" + b"\xc1" * 300)
     its.sync(one, 1.0)
     assert its.work() == []
+
+
+def test_what_one_is_told_about_draining_all_do(path: Path) -> None:
+    (one, its), (two, others) = server(path), server(path)
+    one.drain(at_s=1.0)
+    its.sync(one, 1.0)
+    others.sync(two, 1.0)
+    assert two.draining
+    two.drain(False, at_s=2.0)
+    others.sync(two, 2.0)
+    its.sync(one, 2.0)
+    assert not one.draining, "the newest word counts"

@@ -112,3 +112,17 @@ def test_malformed_stays_malformed(text: str) -> None:
 def test_the_edges_are_bounded() -> None:
     hidden = {"messages": "x" * (2 * EDGE_BYTES), "priority": 3, "more": "x" * (2 * EDGE_BYTES)}
     assert facts(hidden).priority is None
+
+
+@pytest.mark.parametrize("tokens", [3, 20_000], ids=["read whole", "sampled"])
+def test_token_ids_of_sglangs_api_are_counted_too(tokens: int) -> None:
+    facts = facts_of(json.dumps({"input_ids": [17] * tokens, "sampling_params": {}}).encode())
+    assert facts is not None
+    assert facts.prompt_tokens == pytest.approx(tokens, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [3, 20_000], ids=["read whole", "sampled"])
+def test_an_offload_call_to_sglang_is_a_transfer(tokens: int) -> None:
+    facts = facts_of(json.dumps({"input_ids": [17] * tokens, "bootstrap_host": "disagg"}).encode())
+    assert facts is not None
+    assert facts.is_transfer

@@ -384,3 +384,39 @@ def test_the_openai_client_sees_malformed_fields_as_the_engine_reports_them() ->
     unknown = pytest.raises(openai.BadRequestError, match="there are high, normal, low")
     with serving(gate()) as url, openai.OpenAI(base_url=url, api_key="k", max_retries=0) as client, unknown:
         client.completions.create(model="m", prompt="x", extra_body={"priority": "gold"})
+
+
+def test_a_stream_that_starts_before_its_prompt_is_looked_at_is_refused_all_the_same() -> None:
+    """Some engines do: SGLang's /generate."""
+    asked = gate()
+    asked.has_exact = True
+    asked.update(report(1, (-1, 3_000)))
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        ticket = current_ticket.get()
+        assert ticket is not None
+        refusal = asked.exact(ticket, "r", 2_000, 0)
+        await send({"type": "http.response.body", "body": b"data: what the engine says of it", "more_body": True})
+        await send({"type": "http.response.body", "body": b"" if refusal else b"served"})
+
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps({"text": "x", "stream": True, "priority": "low"}).encode()}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Message = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(AdmissionMiddleware(app, asked)(scope, receive, send))
+    assert [message.get("status", message.get("more_body", False)) for message in sent] == [429, False]
+
+
+def test_an_offload_call_to_an_sglang_server_was_admitted_on_the_side_channel() -> None:
+    asked = gate(accepts_transfers=True)
+    asked.update(CROWDED)
+    body = {"input_ids": [1] * 9_000, "bootstrap_host": "disagg", "bootstrap_room": 5, "priority": "low"}
+    assert ask(asked, body, path="/generate")[0] == 200
+    assert ask(asked, {**body, "bootstrap_host": "10.0.0.1"}, path="/generate")[0] == 429

@@ -1,13 +1,14 @@
 """The decode role: what it answers the engine's scheduler, and that each offloaded request ends exactly once."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.control.decode_bench import LONG, PEER, Bench
+from unit.control.decode_bench import LONG, PEER, ROOM, Bench
 
-from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
+from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.events import (
     PeerJoined,
     PeerLeft,
@@ -232,3 +233,62 @@ def test_in_any_order_of_events_nothing_leaks_and_the_ranks_hear_one_end(actions
     assert sum(isinstance(c, AbandonReceive) for c in commands) <= opened
     view = bench.side.snapshot()
     assert (view["held_tokens"], view["tracked_requests"], view["open"]) == (0, 0, [])
+
+
+# LMCache: a prefix that a store loads beside the transfer
+
+
+def test_only_what_neither_the_engine_nor_lmcache_holds_is_asked_of_a_worker() -> None:
+    bench = Bench()
+    ask = partial(bench.side.match, LONG, 64, free_tokens=ROOM, lmcache_tokens=512)
+    assert ask() == NotYet()
+    assert bench.port.offers[-1].cached_tokens == 512
+    bench.accepted()
+    assert ask() == Claim(1_000 - 1 - 512)
+    bench.side.allocated("r1", (1, 2, 3), 1_000 - 1 - 512)
+    assert bench.port.sent[-1] == ("ready", "p:1", "512-999"), "READY says from which token on"
+
+
+def test_room_is_needed_for_both_loads() -> None:
+    bench = Bench()
+    bench.match()
+    bench.accepted()
+    assert bench.side.match(LONG, 0, free_tokens=999, lmcache_tokens=512) == NotYet()
+    assert bench.side.match(LONG, 0, free_tokens=1_000, lmcache_tokens=512) == Claim(487)
+
+
+@pytest.mark.parametrize(("cached", "lmcache"), [(0, 999), (992, 999), (999, 0)])
+def test_a_prefix_that_is_held_whole_asks_nobody_whatever_the_policy_says(cached: int, lmcache: int) -> None:
+    bench = Bench(split_policy={"prompt_length_threshold": 0})
+    answer = bench.side.match(LONG, cached, free_tokens=ROOM, lmcache_tokens=lmcache)
+    assert answer == PrefillLocally("prefix_held")
+    assert bench.port.offers == []
+
+
+def test_the_hit_ratio_counts_both() -> None:
+    bench = Bench(cache={"min_cache_hit_ratio": 0.6})
+    assert bench.side.match(LONG, 64, free_tokens=ROOM, lmcache_tokens=600) == PrefillLocally("cached_enough")
+
+
+def test_when_the_prefix_is_lost_the_transfer_behind_it_is_given_up_without_blaming_the_worker() -> None:
+    bench = Bench()
+    bench.loading()
+    bench.side.prefix_failed("r1")
+    assert bench.side.step() == [AbandonReceive("r1", "prefix_lost")]
+    assert [event[0] for event in bench.port.sent].count("failed") == 0
+    bench.side.load_completed("r1")
+    bench.side.prefix_failed("r1")
+    assert bench.match() == PrefillLocally("prefix_lost")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_worker_that_a_router_chose_is_told_at_once_that_nothing_is_needed_of_it(started: bool) -> None:
+    bench = Bench()
+    routed = replace(LONG, route=Route("p:1", 7))
+    assert bench.side.match(routed, 0, free_tokens=ROOM, lmcache_tokens=999) == NotYet()
+    if started:
+        bench.accepted()
+    answer = bench.side.match(routed, 0, free_tokens=ROOM, lmcache_tokens=999)
+    assert answer == PrefillLocally("cached_meanwhile")
+    assert bench.port.sent[-1] == ("cancel", "p:1" if started else "", "cached_meanwhile")
+    assert not any(event[0] == "ready" for event in bench.port.sent)

@@ -1,6 +1,8 @@
 """What an engine learns of its own steps, and what it counts."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.step_times import PromptWork, StepTimes, StepWork
@@ -115,6 +117,40 @@ def test_an_engine_learns_its_own_speed() -> None:
     model = steps.model.prefill(HERE)
     assert abs(model.seconds(1_500, 0) - 0.085) < 0.01
     assert model.samples == 20
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["arrive", "compute", "finish", "preempt"]))))
+def test_the_queue_by_priority_adds_up_to_the_queue(events: list[tuple[str, str]]) -> None:
+    tracker = LoadTracker(by_priority=True)
+    done = dict.fromkeys("abcd", 0)
+    for name, event in events:
+        match event:
+            case "arrive":
+                tracker.arrived(name, 1_000, priority=ord(name) % 3 - 1)
+            case "compute":
+                tracker.computes(name, done[name], done[name] + 400)
+                done[name] += 400
+            case "finish":
+                tracker.finished(name)
+            case "preempt":
+                tracker.preempted(name)
+        if event != "compute":
+            done[name] = 0
+        load = tracker.load()
+        assert sum(tokens for _, tokens in load.by_priority) == load.queued_prefill_tokens
+        assert all(tokens > 0 for _, tokens in load.by_priority)
+
+
+def test_prompts_in_a_step_stall_its_decodes() -> None:
+    steps = Steps()
+    for _ in range(20):
+        steps.step(seconds=0.01, decodes=4, context=4_000)
+    assert steps.times.stall_s == 0.0
+    for _ in range(20):
+        steps.step(PromptWork("a", 500, 0, done=True), seconds=0.05, decodes=4, context=4_000)
+    assert steps.times.stall_s == pytest.approx(0.02, rel=0.1), "half of the steps, 40 ms each"
+    steps.now_s += 10.0
+    assert steps.times.stall_s == 0.0
 
 
 def test_queued_tokens_are_what_is_left_of_every_prompt() -> None:

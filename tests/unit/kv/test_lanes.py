@@ -19,8 +19,8 @@ from disagg_plugin.kv.commands import (
     ReleaseWhenStaged,
 )
 from disagg_plugin.kv.dataplane import DataPlane, agent_name
-from disagg_plugin.kv.geometry import HeadRange, KVGeometry, heads_of_rank, plan_exchanges
-from disagg_plugin.kv.lanes import lanes_of, senders_per_receiver
+from disagg_plugin.kv.geometry import HeadRange, KVGeometry, heads_of_rank, plan_exchanges, senders_per_receiver
+from disagg_plugin.kv.lanes import lanes_of
 from disagg_plugin.testing import DenseView, MemoryNetwork, canonical_noise
 
 SIZES = (1, 2, 4, 8)

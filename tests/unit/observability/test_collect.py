@@ -178,3 +178,18 @@ def test_the_engines_state_goes_along():
     scheduler = Scheduler()
     scheduler.state = {"queued_prefill_tokens": 4_000}
     assert scheduler.later().engine_state == {"queued_prefill_tokens": 4_000}
+
+
+def test_prefix_tokens_are_counted_by_tier_and_a_prefix_store_that_is_not_used_shows():
+    totals = {
+        "device_hit_tokens": 96,
+        "store_hit_tokens": 256,
+        "wire_tokens": 543,
+        "lookups": 1,
+        "failed_load_tokens": 9,
+    }
+    deltas = Scheduler(lmcache={"inactive_reason": "gone", "totals": totals}).later()
+    by_tier = [deltas.counters[KEY("disagg_prefix_tokens_total", tier)] for tier in ("device", "lmcache", "wire")]
+    assert by_tier == [96, 256, 543]
+    assert deltas.counters[KEY("disagg_lmcache_events_total", "lookup")] == 1
+    assert deltas.gauges[KEY("disagg_lmcache_active")] == 0

@@ -51,6 +51,13 @@ def queued(*tokens_by_priority: tuple[int, int]) -> tuple[QueuedWork, ...]:
     return tuple(QueuedWork(priority, max(1, tokens // 500), tokens) for priority, tokens in tokens_by_priority)
 
 
+def behind(*tokens_by_priority: tuple[int, int]) -> WorkerState:
+    """A worker with a queue, that schedules by priority and does 1,000 tokens a second."""
+    tokens = sum(tokens for _, tokens in tokens_by_priority)
+    return replace(WORKER, queued_prefill_tokens=tokens, by_priority=tokens_by_priority, prefill_tokens_per_s=1_000.0)
+
+
+FAST = replace(WORKER, prefill=PrefillModel(0.0, 1e-4, 0.0))
 RUNNING = replace(DECODE, running_decodes=60)
 SITUATIONS = [
     pytest.param(snapshot(), "fits", id="nobody is there"),
@@ -90,6 +97,36 @@ SITUATIONS = [
         "ttft",
         id="no place in the batch for a long time",
     ),
+    pytest.param(
+        snapshot(prompt_tokens=2_500, classes=(NORMAL,), workers=(FAST,), offload_above_tokens=256),
+        "fits",
+        id="too long for here, sent to where it is fast",
+    ),
+    pytest.param(
+        snapshot(workers=(behind((0, 6_000)),), offload_above_tokens=256),
+        "ttft",
+        id="nobody waits here, but it will be sent to where they do",
+    ),
+    pytest.param(
+        snapshot(workers=(behind((0, 6_000)),), offload_above_tokens=1_000), "fits", id="too short to be sent there"
+    ),
+    pytest.param(
+        snapshot("high", workers=(behind((1, 60_000)),), offload_above_tokens=256),
+        "fits",
+        id="high overtakes the queue of a worker",
+    ),
+    pytest.param(
+        snapshot("low", workers=(behind((1, 3_000)),), offload_above_tokens=256), "fits", id="three seconds of low"
+    ),
+    pytest.param(
+        snapshot("low", workers=(behind((1, 3_000)),), offload_above_tokens=256, arriving=((-1, 500.0),)),
+        "ttft",
+        id="which take six, as high ones take half of the speed",
+    ),
+    pytest.param(
+        snapshot(reserved=queued((0, 6_000)), workers=(WORKER,)), "ttft", id="others are on their way to the engine"
+    ),
+    pytest.param(snapshot(classes=(NORMAL,), decode_stall_s=0.045), "tpot", id="prompts in its steps make tokens late"),
     pytest.param(snapshot(draining=True), "draining", id="shutting down"),
     pytest.param(snapshot(serves=False), "no_capacity", id="no engine"),
     pytest.param(snapshot(overused=True), "fair_share", id="had its share"),
@@ -167,6 +204,11 @@ tokens = st.integers(0, 40_000)
 seconds = st.floats(0.01, 20.0)
 
 
+by_priority = st.dictionaries(st.integers(-4, 4), tokens, max_size=3)
+rates = st.lists(st.tuples(st.integers(-4, 4), st.floats(0.0, 1e6)), max_size=3).map(tuple)
+works = st.lists(st.builds(QueuedWork, st.integers(-4, 4), counts, tokens), max_size=3).map(tuple)
+
+
 @st.composite
 def workers(draw: st.DrawFn) -> WorkerState:
     return replace(
@@ -175,6 +217,7 @@ def workers(draw: st.DrawFn) -> WorkerState:
         queued_prefill_tokens=draw(tokens),
         in_flight_tokens=draw(tokens),
         max_prompt_tokens=draw(st.sampled_from([1_000, 64_000])),
+        by_priority=tuple(draw(by_priority).items()),
     )
 
 
@@ -211,6 +254,10 @@ def snapshots(draw: st.DrawFn) -> AdmissionSnapshot:
         kv_capacity_tokens=draw(st.none() | st.integers(1_000, 1_000_000)),
         max_running=draw(st.none() | st.integers(1, 256)),
         level=draw(st.integers(0, 3)),
+        reserved=draw(works),
+        offload_above_tokens=draw(st.none() | st.integers(0, 2_000)),
+        decode_stall_s=draw(st.floats(0.0, 0.5)),
+        arriving=draw(rates),
     )
 
 
@@ -237,6 +284,9 @@ def loads(draw: st.DrawFn) -> tuple[AdmissionSnapshot, AdmissionSnapshot]:
         ),
         landing_requests=less.landing_requests + draw(counts),
         landing_tokens=less.landing_tokens + draw(tokens),
+        reserved=(*less.reserved, *draw(works)),
+        decode_stall_s=less.decode_stall_s + draw(st.floats(0.0, 0.5)),
+        arriving=(*less.arriving, *draw(rates)),
     )
     return less, more
 
@@ -297,8 +347,11 @@ def test_idle_engines_admit_everybody(seen: AdmissionSnapshot) -> None:
     idle = replace(
         seen, decode=replace(seen.decode, running_decodes=0, decode_context_tokens=0, kv_usage=0.0), queued=()
     )
-    nothing = tuple(replace(worker, queued_prefill_tokens=0, in_flight_tokens=0) for worker in seen.workers)
+    nothing = tuple(
+        replace(worker, queued_prefill_tokens=0, in_flight_tokens=0, by_priority=()) for worker in seen.workers
+    )
     idle = replace(idle, workers=nothing, landing_requests=0, landing_tokens=0, kv_capacity_tokens=None)
+    idle = replace(idle, reserved=(), decode_stall_s=0.0)
     assert isinstance(projected(idle), Admitted)
     assert isinstance(current_queue(idle), Admitted)
 

@@ -102,3 +102,11 @@ def test_a_mistake_in_the_settings_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
     with pytest.raises(ConfigError, match="did you mean prefill_workers"):
         launch.settings_for("decode")
+
+
+def test_lmcache_is_refused_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "disagg.yaml"
+    config.write_text("cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}\n")
+    monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
+    with pytest.raises(ConfigError, match=r"cache\.lmcache: vLLM engines only"):
+        launch.settings_for("decode")

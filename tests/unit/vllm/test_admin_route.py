@@ -64,8 +64,27 @@ def test_a_key_from_the_environment_counts_too(monkeypatch: pytest.MonkeyPatch):
     assert get("/disagg/status", token="Bearer secret")[0] == 200
 
 
-def test_only_reading_is_possible():
-    assert get("/disagg/status", method="POST")[0] == 405
+@pytest.mark.parametrize(("path", "method"), [("/disagg/status", "POST"), ("/disagg/drain", "GET")])
+def test_other_methods_are_named_as_wrong(path: str, method: str):
+    status, body = get(path, method=method)
+    assert status == 405
+    assert path in body["error"]
+
+
+def test_draining_begins_and_ends(monkeypatch: pytest.MonkeyPatch):
+    words: list[bool] = []
+    monkeypatch.setattr(admin_route, "_gate", lambda: SimpleNamespace(drain=words.append))
+    assert get("/disagg/drain", method="POST", keys=["secret"])[0] == 401
+    assert get("/disagg/drain", method="POST") == (200, {"draining": True})
+    assert get("/disagg/drain", method="DELETE") == (200, {"draining": False})
+    assert words == [True, False]
+
+
+def test_without_early_rejection_nothing_can_be_drained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(admin_route, "_gate", lambda: None)
+    status, body = get("/disagg/drain", method="POST")
+    assert status == 503
+    assert "enable_early_rejection" in body["error"]
 
 
 def test_before_the_engine_there_are_no_figures(monkeypatch: pytest.MonkeyPatch):

@@ -179,11 +179,11 @@ def test_the_engines_reports_reach_the_gate_and_requests_are_refused_by_them() -
 
 @pytest.mark.usefixtures("site")
 def test_the_exact_check_knows_the_length_and_what_is_cached() -> None:
-    """4,000 tokens behind a queue of 3.9 s: too late even as low, unless they were all sent before."""
+    """4,000 tokens behind a queue of 1.9 s: too late, unless they were all sent before."""
     client, body = fresh_client(), {"prompt": "word" * 4_000}
     for _ in range(3):  # nothing is known of the engine yet; the route turns out to repeat itself
         assert serve(client, body, [7] * 4_000)[0] == 200
-    tell(EngineState(2, SLOW, queued=(QueuedWork(0, 3, 3_700),), kv_capacity_tokens=1_000_000, reorders=True))
+    tell(EngineState(2, SLOW, queued=(QueuedWork(0, 3, 1_900),), kv_capacity_tokens=1_000_000, reorders=True))
     status, answer = serve(client, body, [8] * 4_000)
     assert (status, answer["error"]["code"]) == (429, "ttft")
     assert serve(client, body, [7] * 4_000)[0] == 200

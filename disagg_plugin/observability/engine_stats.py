@@ -1,4 +1,4 @@
-"""What the scheduler process tells the API server after a step: when it is due, and that it never harms the engine."""
+"""What a scheduler process tells its API server after a step: when it is due, and that it never harms the engine."""
 
 import logging
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from typing import Any
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.observability.collect import Collector
+from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.journal import Journal
-from disagg_vllm.stats import DisaggStats
 
-logger = logging.getLogger("vllm.disagg")
+logger = logging.getLogger(__name__)
 
 
-class SchedulerStats:
-    """The source behind ``get_kv_connector_stats``; the scheduler's thread only."""
+class EngineStats:
+    """The figures of one scheduler process; its own thread only."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class SchedulerStats:
         self._live_requests = 0
         self._at_rest = False
         self._failures = 0
-        # what on_engine_state's callbacks get in the API server: asked for once per stats interval
+        # what admission in the API server is told: asked for once per stats interval
         self.engine_state: Callable[[], dict[str, Any] | None] | None = None
 
     def request_came(self) -> None:
@@ -42,7 +42,7 @@ class SchedulerStats:
     def request_ended(self) -> None:
         self._live_requests -= 1
 
-    def take(self, *, needs_steps: bool) -> DisaggStats | None:
+    def take(self, *, needs_steps: bool) -> Deltas | None:
         """What is new, or None; an exception here would end the engine.
 
         Args:
@@ -53,13 +53,12 @@ class SchedulerStats:
         try:
             if self._collector is None:
                 self._collector = self._make_collector()
-            deltas = self._collector.collect(at_rest=comes_to_rest)
+            return self._collector.collect(at_rest=comes_to_rest)
         except Exception:
             self._failures += 1
             if self._failures == 1:
                 logger.exception("disagg: no figures can be collected; further failures are not logged")
             return None
-        return DisaggStats(deltas.data) if deltas is not None else None
 
     def _make_collector(self) -> Collector:
         """At the first step: by then the ranks are known."""

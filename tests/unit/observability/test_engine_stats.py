@@ -1,17 +1,13 @@
 """When the scheduler process sends figures: at rest for the last time, and never at the engine's expense."""
 
-import warnings
 from typing import Any
 
 import pytest
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.observability import engine_stats
+from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when vLLM imports its compiler
-    from disagg_vllm import scheduler_stats
-    from disagg_vllm.scheduler_stats import SchedulerStats
 
 SETTINGS = DisaggSettings.model_validate({"observability": {"stats_interval_s": 60}})  # only rest is due in a test
 
@@ -21,7 +17,7 @@ class Bench:
         self.view: dict[str, Any] = {"inactive_reason": ""}
         self.asked = 0
         self.journal = Journal()
-        self.stats = SchedulerStats(SETTINGS, self.journal, self.figures, ring_slots=lambda: 16, ranks=lambda: 2)
+        self.stats = EngineStats(SETTINGS, self.journal, self.figures, ring_slots=lambda: 16, ranks=lambda: 2)
 
     def figures(self) -> dict[str, Any]:
         self.asked += 1
@@ -56,7 +52,7 @@ def test_an_engine_that_still_sends_for_others_is_not_at_rest():
 def test_capacity_is_that_of_all_ranks():
     bench = Bench()
     bench.view["decode"] = {"ranks": {"0": {"slots_in_use": 1}, "1": {"slots_in_use": 2}}}
-    gauges = bench.step().deltas.gauges
+    gauges = bench.step().gauges
     assert gauges["disagg_ring_slots\x1fin_use"] == 3
     assert gauges["disagg_ring_slots\x1fcapacity"] == 16
     assert gauges["disagg_private_buffers\x1fcapacity"] == 2 * SETTINGS.transfer.region_slots
@@ -65,15 +61,15 @@ def test_capacity_is_that_of_all_ranks():
 def test_the_state_for_admission_may_be_named_at_any_time():
     bench = Bench()
     bench.stats.request_came()
-    assert bench.step().deltas.engine_state is None
+    assert bench.step().engine_state is None
     bench.stats.engine_state = lambda: {"queued": 1}
     bench.stats.request_ended()
-    assert bench.step().deltas.engine_state == {"queued": 1}
+    assert bench.step().engine_state == {"queued": 1}
 
 
 def test_an_error_in_the_figures_ends_no_step_and_is_said_once(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr(scheduler_stats.logger, "exception", said.append)
+    monkeypatch.setattr(engine_stats.logger, "exception", said.append)
     bench = Bench()
     bench.view["raise"] = ValueError("mine")
     for _ in range(3):

@@ -1,0 +1,97 @@
+"""A scheduler process's figures on their way to its API process, for engines whose own statistics cannot carry them.
+
+    scheduler process                          API process
+    ReportSender.send(Deltas) ──ipc socket──▶ ReportReceiver.run(listener)
+
+The sender never waits: while the socket takes nothing, increments merge and go out with the next ones. The socket lies
+in a folder that only this user can enter, so what arrives there is believed.
+"""
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from disagg_plugin.observability.deltas import Deltas
+
+logger = logging.getLogger(__name__)
+
+UNSENT_MESSAGES = 64  # in the socket, before increments merge
+
+
+def make_address() -> str:
+    """Where the two processes meet; once, by the process that starts them. Gone when that ends."""
+    folder = Path(tempfile.mkdtemp(prefix="disagg-"))
+    maker = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:  # forked children end as well
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return f"ipc://{folder}/reports"
+
+
+class ReportSender:
+    """The scheduler's end; its own thread only."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context(io_threads=1)  # own: the engine has its
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.SNDHWM, UNSENT_MESSAGES)
+        self._socket.connect(address)
+        self._unsent: Deltas | None = None
+
+    def send(self, deltas: Deltas) -> None:
+        """Returns at once, whoever listens."""
+        if self._unsent is not None:
+            self._unsent.merge(deltas)
+            deltas = self._unsent
+        try:
+            self._socket.send(msgspec.msgpack.encode(deltas.data), zmq.NOBLOCK)
+            self._unsent = None
+        except zmq.Again:
+            self._unsent = deltas
+
+    def close(self) -> None:
+        """Idempotent; what was not sent is lost."""
+        self._socket.close()
+        self._context.term()
+
+
+class ReportReceiver:
+    """The API process's end; its event loop only."""
+
+    def __init__(self, address: str) -> None:
+        """
+        Raises:
+            zmq.ZMQError: Somebody else listens there.
+        """
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.bind(address)
+
+    async def run(self, listener: Callable[[Deltas], None]) -> None:
+        """Call ``listener`` with each report, until cancelled. What it raises is logged, once."""
+        failed = False
+        try:
+            while True:
+                message = await self._socket.recv()
+                try:
+                    listener(Deltas(msgspec.msgpack.decode(message, type=dict)))
+                except Exception:  # a report or a listener of ours: the server must go on serving
+                    if not failed:
+                        logger.exception("disagg: a report of the scheduler process could not be used")
+                    failed = True
+        finally:
+            self._socket.close()
+            self._context.term()

@@ -1,0 +1,107 @@
+"""Two engines with an LMCache server each, and what the tests of prefix reuse do to them."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+from e2e.client import Answer, Engine
+from e2e.processes import RUNS_S, end_tree
+from lmcache_servers import GO, STOP, LMCacheServer, prompt_tokens_by_source
+
+LOOKUP_MS = 3000
+
+
+def cache(server: LMCacheServer, **more: Any) -> dict[str, Any]:
+    lmcache = {"url": server.url, "lookup_timeout_ms": LOOKUP_MS, "request_timeout_s": 10, "heartbeat_s": 5, **more}
+    return {"reuse_prefix": True, "lmcache": lmcache}
+
+
+@dataclass
+class Reuse:
+    """A prefill engine, a decode engine, and their servers."""
+
+    prefill: Engine
+    decode: Engine
+    store_p: LMCacheServer
+    store_d: LMCacheServer
+    folder: Path
+
+    def forget(self, engine: Engine | None = None) -> None:
+        """Empty D's own prefix cache, or another engine's, and nothing else."""
+        engine = engine or self.decode
+        engine.http.post(f"{engine.url}/reset_prefix_cache").raise_for_status()
+
+    def local(self, prompt: list[int], **params: Any) -> Answer:
+        """What an ordinary engine says: P, asked directly, under a salt that nobody else uses."""
+        return self.prefill.complete(prompt, cache_salt=f"local-{os.urandom(4).hex()}", **params)
+
+    def count(self) -> "Counted":
+        return Counted(self.decode)
+
+
+class Counted:
+    """What an engine counted while a block of code ran."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._before = self._read()
+
+    def _read(self) -> dict[str, float]:
+        view = self._engine.snapshot()
+        metrics = self._engine.http.get(f"{self._engine.url}/metrics").text
+        sources = {f"source_{name}": number for name, number in prompt_tokens_by_source(metrics).items()}
+        return {**view.get("decode", view.get("prefill"))["totals"], **view["lmcache"]["totals"], **sources}
+
+    def __call__(self, *names: str) -> tuple[float, ...]:
+        after = self._read()
+        return tuple(after.get(name, 0) - self._before.get(name, 0) for name in names)
+
+
+@contextmanager
+def held_still(engine: Engine) -> Iterator[None]:
+    """None of its processes runs meanwhile."""
+    end_tree(engine, STOP)
+    try:
+        yield
+    finally:
+        end_tree(engine, GO)
+
+
+@contextmanager
+def held_still_at(engine: Engine, is_there: Callable[[], bool]) -> Iterator[None]:
+    """The engine gets short slices of time until ``is_there``; from then on none of its processes runs."""
+    with held_still(engine):
+        for _ in range(2_000):
+            if is_there():
+                break
+            end_tree(engine, GO)
+            Event().wait(RUNS_S)
+            end_tree(engine, STOP)
+        else:
+            raise AssertionError("it never came to that")
+        yield
+
+
+class Going:
+    """A request whose client goes away."""
+
+    def __init__(self, engine: Engine, prompt: list[int], salt: str) -> None:
+        self._client = httpx.Client(timeout=120)
+        self._pool = ThreadPoolExecutor(1)
+        body = {"model": engine.model, "prompt": prompt, "max_tokens": 4, "cache_salt": salt}
+        self._future = self._pool.submit(self._send, f"{engine.url}/v1/completions", body)
+
+    def _send(self, url: str, body: dict[str, Any]) -> None:
+        with suppress(httpx.HTTPError, RuntimeError, OSError):
+            self._client.post(url, json=body)
+
+    def goes_away(self) -> None:
+        self._client.close()
+        self._future.result(timeout=60)
+        self._pool.shutdown()
