@@ -233,6 +233,9 @@ def test_an_abort_on_decode_cancels_on_prefill_and_closes_the_connection(http: H
         pytest.param(replace(FACTS, model=ModelIdentity("config-b", "weights-a")), "config_fingerprint", id="config"),
         pytest.param(replace(FACTS, geometry=replace(GEOMETRY, layers=5)), "layers", id="layers"),
         pytest.param(
+            replace(FACTS, endpoints=FACTS.endpoints * 3), "tensor_parallel", id="heads that three ranks cannot share"
+        ),
+        pytest.param(
             replace(FACTS, geometry=replace(GEOMETRY, dtype="float8_e4m3fn")),
             "kv_dtype",
             id="quantized cache on one side",
