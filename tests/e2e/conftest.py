@@ -150,6 +150,11 @@ def not_vllms(threads: list[str]) -> list[str]:
     return [name for name in threads if not name.startswith("ThreadPoolExecutor")]
 
 
+def is_alive(engine: Engine) -> bool:
+    """Whether its first process runs; one that has ended stays a zombie until its start is left."""
+    return psutil.pid_exists(engine.pid) and psutil.Process(engine.pid).status() != psutil.STATUS_ZOMBIE
+
+
 def settle(engine: Engine) -> dict[str, Any]:
     """Wait until the engine is quiet; its snapshot."""
     return engine.when(is_quiet)
@@ -162,5 +167,5 @@ def pair(fleet: Fleet) -> Iterator[Fleet]:
     view = settle(fleet.decode)
     assert not_vllms(view["threads"]) == not_vllms(fleet.warm_decode["threads"])
     assert view["decode"]["tracked_requests"] == 0
-    if psutil.pid_exists(fleet.prefill.pid) and psutil.Process(fleet.prefill.pid).status() != psutil.STATUS_ZOMBIE:
+    if is_alive(fleet.prefill):
         settle(fleet.prefill)

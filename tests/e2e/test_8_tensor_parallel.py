@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from e2e.client import Answer, Engine, at_once, same_tokens
-from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
+from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_alive, settings, settle
 from e2e.offloads import Offloads, prompt_of
 from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
@@ -65,7 +65,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture
 def pair(ranks: Ranks) -> Iterator[Ranks]:
     yield ranks
-    if psutil.pid_exists(ranks.decode.pid):
+    if is_alive(ranks.decode):
         assert settle(ranks.decode)["decode"]["tracked_requests"] == 0
     settle(ranks.single)
     settle(ranks.prefill)
