@@ -264,7 +264,8 @@ class DecodeSide:
     def _decide(self, prompt: PromptView, cached_tokens: int, lmcache_tokens: int, free_tokens: int) -> Answer:
         held_tokens = max(cached_tokens, lmcache_tokens)
         stays = prompt.local_only
-        if stays is None and prompt.route is None and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
+        needs_an_offer = prompt.route is not None and not prompt.route.held  # or its worker would go on waiting for one
+        if stays is None and not needs_an_offer and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
             stays = "prefix_held"  # whatever a policy would say: there is nothing to ask anybody for
         if stays is not None:
             self.decisions[stays] += 1

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.adapters import AdapterDigests
-from disagg_plugin.control.compatibility import Party, find_mismatch, party_of
+from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch, party_of
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
@@ -264,7 +264,10 @@ class PrefillService:
         }
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        mismatch = find_mismatch(self._party, party_of(hello))
+        theirs = party_of(hello)
+        mismatch = find_mismatch(self._party, theirs) or find_lane_mismatch(
+            self._party, theirs, region_slots=hello.region_slots
+        )
         if mismatch is not None:
             self.counters["rejected_peers"] += 1
             logger.warning("disagg: decode engine %s cannot use this prefill engine: %s", hello.engine, mismatch)
@@ -293,6 +296,7 @@ class PrefillService:
                     region_first_slot=hello.region_first_slot,
                     region_slots=hello.region_slots,
                     receives=False,
+                    our_ranks=len(self._welcome.endpoints),
                 )
             )
         )

@@ -269,6 +269,7 @@ class WorkerLink:
                     region_first_slot=self.hello.region_first_slot,
                     region_slots=self.hello.region_slots,
                     receives=True,
+                    our_ranks=len(self.hello.endpoints),
                 )
             )
         )
