@@ -1,4 +1,4 @@
-"""A fixed corpus of what anybody can send us: the same values in every run. ``benchmarks/fuzz.py`` looks for new ones."""
+"""A fixed corpus of what anybody can send us, the same in every run; ``benchmarks/fuzz.py`` looks for new values."""
 
 import logging
 
