@@ -1,7 +1,7 @@
 """What anybody can send us, thrown at who reads it: no exception, no wrong KV, nothing that grows.
 
 Each target is a strategy and a check of one value. ``tests/fuzz/test_fuzz.py`` runs a fixed selection of values,
-``benchmarks/fuzz.py`` as many as fit into a time.
+``benchmarks/fuzzing.py`` as many as fit into a time.
 """
 
 import dataclasses

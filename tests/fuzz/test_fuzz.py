@@ -1,4 +1,4 @@
-"""A fixed corpus of what anybody can send us, the same in every run; ``benchmarks/fuzz.py`` looks for new values."""
+"""A fixed corpus of what anybody can send us, the same in every run; ``benchmarks/fuzzing.py`` looks for new values."""
 
 import logging
 

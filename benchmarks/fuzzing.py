@@ -1,6 +1,6 @@
 """Fuzz everything that peers and clients can send, for as long as is given; CI runs a fixed selection of the same.
 
-    .venv/bin/python benchmarks/fuzz.py --json [--seconds 600] [--target decode_role]
+    .venv/bin/python benchmarks/fuzzing.py --json [--seconds 600] [--target decode_role]
 
 Prints one JSON object: values tried per target, failures (the smallest value that fails each), growth of memory.
 """
