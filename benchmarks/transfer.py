@@ -4,10 +4,10 @@
 
 Two worker ranks with real NIXL and synthetic KV (8 layers, 8 heads of 128), no engines.
 
-- ``int8_vs_raw``: effective bandwidth (bytes that the same tokens take in the cache, a second) of int8 over raw, across
+- ``int8_vs_raw``: effective bandwidth (bytes of cache a second, whatever the wire carries) of int8 over raw, across
   two network namespaces with ``tc tbf`` on the sender's side at 200 Mbit/s and 1 Gbit/s. Needs root; says so otherwise.
-- ``payload_vs_copy``: on loopback, payload rate of a raw transfer (gather, checksum, write, copy, verify, scatter) over the
-  rate of bare NIXL writes of full slots through the same number of slots, each acknowledged.
+- ``payload_vs_copy``: on loopback, payload rate of a raw transfer (gather, checksum, write, copy, verify, scatter) over
+  the rate of bare NIXL writes of full slots through the same number of slots, each acknowledged.
 - ``cpu_s_per_gb``: CPU seconds of each process per GB of cache moved, on loopback.
 """
 
@@ -194,7 +194,7 @@ class Process:
 
 @contextmanager
 def namespaces(rate: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Two network namespaces joined by a cable of that rate from the first to the second; prefixes of commands in them."""
+    """Two network namespaces and a cable of that rate between them; prefixes of commands that run in them."""
     name = f"disagg{os.getpid()}"
     one, two, near, far = f"{name}a", f"{name}b", f"v{os.getpid()}a", f"v{os.getpid()}b"
 
