@@ -543,6 +543,8 @@ class DecodeSide:
 
     def _progress(self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed) -> None:
         now = self._clock()
+        if not isinstance(event, PrefillAccepted) and transfer.peer and event.peer not in ("", transfer.peer):
+            return  # somebody who has, or had, nothing to do with it
         match event:
             case PrefillAccepted(_, peer, eta_s):
                 transfer.peer, transfer.eta_s, transfer.accepted_s = peer, eta_s, now
@@ -552,7 +554,7 @@ class DecodeSide:
             case PrefillStarted():
                 transfer.started_s = transfer.started_s or now
                 transfer.state = advance(transfer.state, Event.START)
-            case PrefillFailed(_, reason):
+            case PrefillFailed(reason=reason):
                 self._fail(transfer, Event.FAIL, reason)
         if transfer.state is State.SUSPENDED and transfer.started_s:
             self._resume(transfer)
