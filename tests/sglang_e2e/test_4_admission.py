@@ -24,7 +24,7 @@ from sglang_e2e.test_2_faults import stopped
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-LONG = 3_000
+LONG = 3_000  # tokens, of what makes the others wait
 
 
 @contextmanager
@@ -63,17 +63,23 @@ def reserved(engine: Engine) -> int:
     return sum(one["requests"] for one in status["gate"]["reserved"])
 
 
+def wait_until_reserved(engine: Engine, requests: int) -> None:
+    for _ in range(400):
+        if reserved(engine) >= requests:
+            return
+        Event().wait(0.05)
+    raise AssertionError(f"{reserved(engine)} of {requests} requests were let in")
+
+
 def test_what_cannot_be_served_in_time_is_refused_before_it_is_queued(engine: Engine) -> None:
     with ThreadPoolExecutor(10) as pool:
         with busy_for_ever(engine):
             first = [pool.submit(ask, engine, prompt_of(LONG, seed=100 + n), priority="normal") for n in range(8)]
-            while reserved(engine) < 8:
-                Event().wait(0.05)
-            refused = ask(engine, prompt_of(LONG, seed=90), priority="low")
-            streamed = ask(engine, prompt_of(LONG, seed=91), "/generate", stream=True, priority="low")
+            wait_until_reserved(engine, 8)
+            refused = ask(engine, prompt_of(50, seed=90), priority="low")
+            streamed = ask(engine, prompt_of(50, seed=91), "/generate", stream=True, priority="low")
             urgent = pool.submit(ask, engine, prompt_of(30, seed=92), priority="high")
-            while reserved(engine) < 9:
-                Event().wait(0.05)
+            wait_until_reserved(engine, 9)
         assert urgent.result().status_code == 200
         assert [one.result().status_code for one in first] == [200] * 8
     for answer in (refused, streamed):
