@@ -47,6 +47,7 @@ def test_a_plain_server_is_supported(role: launch.Role) -> None:
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
         ({"enable_pd_role_switch": True}, "--enable-pd-role-switch"),
         ({"disable_radix_cache": True}, "--disable-radix-cache"),
     ],
@@ -55,12 +56,6 @@ def test_what_is_not_supported_is_refused_by_its_flag(change: dict[str, Any], na
     problem = launch.unsupported_arguments("decode", SimpleNamespace(**{**ARGUMENTS, **change}), {})
     assert problem is not None
     assert problem.startswith(named)
-
-
-@pytest.mark.parametrize(("role", "refused"), [("prefill", True), ("decode", False)])
-def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.Role, refused: bool) -> None:
-    problem = launch.unsupported_arguments(role, SimpleNamespace(**{**ARGUMENTS, "enable_lmcache": True}), {})
-    assert (problem is not None) is refused
 
 
 def test_the_rust_server_is_refused_by_its_variable() -> None:
