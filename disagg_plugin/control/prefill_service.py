@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.adapters import AdapterDigests
-from disagg_plugin.control.compatibility import Party, find_mismatch
+from disagg_plugin.control.compatibility import Party, find_mismatch, party_of
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
@@ -247,8 +247,7 @@ class PrefillService:
         }
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        theirs = Party(hello.protocol, hello.model, hello.geometry, tensor_parallel=len(hello.endpoints))
-        mismatch = find_mismatch(self._party, theirs)
+        mismatch = find_mismatch(self._party, party_of(hello))
         if mismatch is not None:
             self.counters["rejected_peers"] += 1
             logger.warning("disagg: decode engine %s cannot use this prefill engine: %s", hello.engine, mismatch)

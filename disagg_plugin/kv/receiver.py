@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 
 from disagg_plugin.kv.codec import KVCodec, SectionCodec
-from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming
+from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming, SuspendReceive
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
 from disagg_plugin.kv.wire import ChunkHeader, codec_names
@@ -123,6 +123,8 @@ class ReceiveState:
     last_chunk_s: float = 0.0
     failed: bool = False  # reported; chunks that landed are still scattered, but only ``abandon`` completes it
     unusable: bool = False  # a chunk could not be scattered: drop the others
+    suspended: bool = False  # between two senders
+    raw_tokens: int = 0
 
     @property
     def prefix_end(self) -> int:
@@ -135,6 +137,7 @@ class ReceiveOutcomes:
 
     received: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    suspended: list[tuple[str, int]] = field(default_factory=list)
     timings: list[ReceiveTiming] = field(default_factory=list)
     completed: list[str] = field(default_factory=list)  # received and abandoned ones
     invalid_block_ids: set[int] = field(default_factory=set)
@@ -178,11 +181,14 @@ class Scatter:
 
     def open(self, command: OpenReceive) -> bool:
         """False if there is nothing to wait for: the range is empty, or the request is open already."""
-        if command.request_id in self._receives:
+        state = self._receives.get(command.request_id)
+        if state is None:
+            state = self._receives[command.request_id] = ReceiveState(command)
+        elif not state.suspended:
             self._counters["late_commands"] += 1
             return False
-        state = ReceiveState(command)
-        self._receives[command.request_id] = state
+        elif not self._resume(state, command):
+            return False
         if self._by_nonce.setdefault(command.nonce, state) is not state:
             self._fail(state, "nonce_in_use")
             return False
@@ -200,6 +206,24 @@ class Scatter:
         self._counters["abandoned"] += 1
         self.outcomes.invalid_block_ids.update(invalid_blocks(state.command, state.prefix_end, self._sink.block_size))
         self._end(state)
+
+    def suspend(self, command: SuspendReceive) -> None:
+        """Take no more from this sender; what has been scattered counts, what is still queued does not."""
+        state = self._receives.get(command.request_id)
+        if state is None or state.suspended:
+            self._counters["late_commands"] += 1
+            return
+        self._detach(state)
+        state.suspended, state.failed, state.unusable = True, False, False
+        self.outcomes.suspended.append((command.request_id, state.prefix_end))
+
+    def _resume(self, state: ReceiveState, command: OpenReceive) -> bool:
+        """Go on with another sender; False if that would leave a hole."""
+        if not state.command.first_token <= command.first_token <= state.prefix_end:
+            self._fail(state, "hole_in_range")
+            return False
+        state.command, state.landed, state.suspended = command, TokenRanges(), False
+        return True
 
     def landed(self, chunk: Landed) -> None:
         self._queue.append(chunk)
@@ -279,6 +303,7 @@ class Scatter:
         state.first_chunk_s = state.first_chunk_s or chunk.at_s
         state.last_chunk_s = max(state.last_chunk_s, chunk.at_s)
         state.chunks += 1
+        state.raw_tokens += header.tokens
         state.wire_bytes += chunk.nbytes
         state.codecs.update(header.codecs)
         add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
@@ -299,7 +324,7 @@ class Scatter:
                 last_chunk_s=state.last_chunk_s,
                 chunks=state.chunks,
                 wire_bytes=state.wire_bytes,
-                raw_bytes=self._raw_bytes(max(0, command.end_token - command.first_token)),
+                raw_bytes=self._raw_bytes(state.raw_tokens),
                 codecs=codec_names(sorted(state.codecs)),
             )
         )
@@ -314,10 +339,13 @@ class Scatter:
     def _end(self, state: ReceiveState) -> None:
         """The one place where a request is completed; what is still queued for it is dropped by ``scatter``."""
         del self._receives[state.command.request_id]
+        self._detach(state)
+        self.outcomes.completed.append(state.command.request_id)
+
+    def _detach(self, state: ReceiveState) -> None:
         if self._by_nonce.get(state.command.nonce) is state:
             del self._by_nonce[state.command.nonce]
             self._close_ticket(state.command.nonce)
-        self.outcomes.completed.append(state.command.request_id)
 
 
 def invalid_blocks(command: OpenReceive, prefix_end: int, block_size: int) -> set[int]:
