@@ -66,6 +66,8 @@ def settings_for(role: Role) -> DisaggSettings:
     settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
     if settings.cache.active_lmcache is not None:
         raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    if settings.router.model_fields_set:
+        raise ConfigError("router: vLLM engines only; SGLang's routers are served without settings, leave it out")
     return settings
 
 
