@@ -264,7 +264,8 @@ class DisaggSettings(SettingsSection):
                     f"set prefill_workers.{index}.side_channel, or another side_channel.port"
                 )
             twin = by_url.setdefault(worker.url, index)
-            if twin != index:
+            # data-parallel ranks of one engine share the URL and have a side channel each
+            if twin != index and None in (worker.side_channel, self.prefill_workers[twin].side_channel):
                 raise ValueError(f"prefill_workers.{twin} and .{index} are the same, {worker.url}: remove one")
             twin = by_address.setdefault(address, index)
             if twin != index:

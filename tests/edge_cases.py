@@ -192,6 +192,16 @@ ENGINES: tuple[EdgeCase, ...] = (
         (f"{_ENGINES}::test_every_data_parallel_rank_offloads_over_a_side_channel_and_regions_of_its_own",),
     ),
     EdgeCase(
+        "different tensor parallelism on P and D",
+        Outcome.WORKS,
+        "Each pair of ranks exchanges the heads that both hold; a token has landed when all heads have.",
+        (
+            "tests/unit/kv/test_lanes.py::test_kv_arrives_whatever_the_tensor_parallelism",
+            "tests/e2e/test_8_tensor_parallel.py::test_two_ranks_send_to_one",
+            "tests/e2e/test_8_tensor_parallel.py::test_one_rank_sends_to_two",
+        ),
+    ),
+    EdgeCase(
         "sleep mode",
         Outcome.REFUSED,
         "Sleeping takes the KV cache away while transfers may be open.",

@@ -33,7 +33,7 @@ from disagg_vllm.prefix_cache import cached_tokens as cached_tokens_of
 from disagg_vllm.prefix_cache import can_look_up
 from disagg_vllm.prompts import adapter_of, held_prompt, prompt_view
 from disagg_vllm.stats import DisaggStats
-from disagg_vllm.support import unsupported_engine
+from disagg_vllm.support import dp_rank_of, http_dp_rank_of, unsupported_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -120,7 +120,8 @@ class SchedulerSide:
             geometry=geometry,
             endpoints=self._endpoints,
             max_prompt_tokens=config.model_config.max_model_len - 1,
-            dp_rank=config.parallel_config.data_parallel_rank,
+            dp_rank=dp_rank_of(config.parallel_config),
+            http_dp_rank=http_dp_rank_of(config.parallel_config),
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
             by_priority=config.scheduler_config.policy == "priority",
         )

@@ -102,6 +102,20 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
     )
 
 
+def dp_rank_of(parallel: Any) -> int:
+    """The data-parallel rank of this scheduler process. vLLM sets ``data_parallel_rank`` of dense models back to 0."""
+    return int(getattr(parallel, "data_parallel_index", None) or parallel.data_parallel_rank)
+
+
+def http_dp_rank_of(parallel: Any) -> int | None:
+    """By what number this engine's API server knows this rank; None where it knows no other one."""
+    if getattr(parallel, "data_parallel_external_lb", False):
+        return None
+    if getattr(parallel, "data_parallel_hybrid_lb", False):
+        return int(getattr(parallel, "data_parallel_rank_local", None) or 0)
+    return dp_rank_of(parallel)
+
+
 def local_only_reason(request: Any) -> str | None:
     """Why this request's prompt must be prefilled where it is, as a word for counters; None if it need not be."""
     sampling = request.sampling_params

@@ -77,6 +77,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
     Attributes:
         kind: Which HTTP dialect the prompt is to be posted in.
+        http_dp_rank: Prompts for this rank are posted with this number; None: the HTTP API leads to no other rank.
         bootstrap_port: By what number a stock SGLang router names this engine in requests; 0 if none does.
     """
 
@@ -91,6 +92,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     prefill_queue_max: int
     kind: EngineKind = "vllm"
     bootstrap_port: int = 0
+    http_dp_rank: int | None = None
 
 
 class Rejected(Message, frozen=True, tag="rejected"):

@@ -20,6 +20,7 @@ from disagg_plugin.control.offload_call import DIALECTS, post_prompt, prompt_dig
 from disagg_plugin.control.worker_link import WorkerLink
 from disagg_plugin.errors import ConfigError, PeerLost, PeerRefused
 
+DP_RANK_HEADER = "X-data-parallel-rank"  # vLLM's: which of its ranks serves a request
 THE_PROMPTS_FAULT = frozenset({"http_400", "http_413", "http_422"})  # says nothing about the worker
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,10 @@ class Offloads:
                 transfer_id=call.transfer_id,
                 fields=_with_priority(call, link.welcome),
             )
-            await post_prompt(self._session, link.address, dialect, body, call.http_headers)
+            headers = call.http_headers
+            if (rank := link.welcome.http_dp_rank) is not None:
+                headers = (*headers, (DP_RANK_HEADER, str(rank)))
+            await post_prompt(self._session, link.address, dialect, body, headers)
         except asyncio.CancelledError as cancelled:
             link.send(Cancel(call.transfer_id, str(cancelled)))
             link.undecided(call.transfer_id)

@@ -49,6 +49,7 @@ class EngineFacts:
     Attributes:
         prefix_capacity_tokens: KV tokens that its prefix cache can hold; 0: it keeps none.
         dp_rank: Data-parallel rank; each has its own scheduler process and side-channel port.
+        http_dp_rank: By what number the engine's HTTP API knows this rank; None: there is no choice.
         max_prompt_tokens: Longest prompt that still leaves room for one output token.
         by_priority: It schedules requests by priority.
         kind, bootstrap_port: See ``Welcome``.
@@ -59,6 +60,7 @@ class EngineFacts:
     endpoints: tuple[RankEndpoint, ...]
     max_prompt_tokens: int
     dp_rank: int = 0
+    http_dp_rank: int | None = None
     prefix_capacity_tokens: int = 0
     by_priority: bool = False
     kind: EngineKind = "vllm"
@@ -202,11 +204,13 @@ class ControlService:
                 prefill_queue_max=self._settings.split_policy.prefill_queue_max,
                 kind=facts.kind,
                 bootstrap_port=facts.bootstrap_port,
+                http_dp_rank=facts.http_dp_rank,
             ),
             Party(PROTOCOL_VERSION, facts.model, facts.geometry, len(facts.endpoints)),
             send=self._send,
             post=self._io.post,
             later=self._io.later,
+            key_of=lambda identity: self._server.key_of(identity) if self._server is not None else "",
             kv_capacity_tokens=facts.prefix_capacity_tokens,
         )
 

@@ -35,7 +35,7 @@ class AddPeer:
 
     ``peer`` is ``<engine id>`` and stays the same over restarts; ``epoch`` changes with each. The region is the
     range of slots in the *decode* engine's ring which this peer may write to; prefill ranks mirror it slot by
-    slot in their staging memory.
+    slot in their staging memory. ``our_ranks``: tensor parallelism of this engine, if it is not the peer's.
     """
 
     peer: str
@@ -44,6 +44,7 @@ class AddPeer:
     region_first_slot: int
     region_slots: int
     receives: bool  # True: this peer writes to us (we decode); False: we write to it (we prefill)
+    our_ranks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

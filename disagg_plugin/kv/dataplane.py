@@ -50,9 +50,10 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
     SuspendReceive,
 )
-from disagg_plugin.kv.geometry import HeadRange, KVGeometry, plan_exchanges
+from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.guard import QuantizationGuard
 from disagg_plugin.kv.intake import Intake
+from disagg_plugin.kv.lanes import Lane, lanes_of
 from disagg_plugin.kv.poster import Poster
 from disagg_plugin.kv.pump import (
     COUNTERS,
@@ -67,7 +68,7 @@ from disagg_plugin.kv.pump import (
 )
 from disagg_plugin.kv.receiver import Landed, ReceiveBroken, ReceiveLink, Scatter
 from disagg_plugin.kv.ring import Region, RegionTable, SlotMemory, SlotPool
-from disagg_plugin.kv.sender import ChunkDone, ChunkEncoder, SendBroken, SendLink, Stager
+from disagg_plugin.kv.sender import ChunkDone, Encoders, SendBroken, SendLink, Stager
 from disagg_plugin.kv.transport import Transport
 from disagg_plugin.kv.wire import require_one_token
 
@@ -170,7 +171,7 @@ class DataPlane:
             decode_bytes_per_s=decode_bytes_per_s,
         )
         self._regions = RegionTable(memory.staging.slots)
-        self._links: dict[tuple[str, bool], Link] = {}  # by peer, and whether it writes to us
+        self._links: dict[tuple[str, bool], tuple[Link, ...]] = {}  # by peer, and whether it writes to us
         self._events: deque[Event] = deque()
         self._counters: dict[str, float] = dict.fromkeys(_ENGINE_COUNTERS, 0)
         self._thread_counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
@@ -208,10 +209,10 @@ class DataPlane:
 
     def _assemble_engine_half(self, clock: Callable[[], float]) -> None:
         view, memory = self._view, self._memory
-        self._encoder = ChunkEncoder(view, self.codec, self._new_guard)
+        self._encoders = Encoders(view, self.codec, self._new_guard)
         self._stager = Stager(
             view,
-            encoder=self._encoder,
+            encoders=self._encoders,
             arena=memory.staging,
             post=self._loop.tell,
             clock=clock,
@@ -246,7 +247,7 @@ class DataPlane:
         budget_ms = transfer.scatter_budget_ms if computed else transfer.scatter_idle_budget_ms
         self._hear()
         self._within_boundary(self._stager.stage)
-        if demotions := self._encoder.take_demotions():
+        if demotions := self._encoders.take_demotions():
             self._counters["guard_demotions"] += len(demotions)
             logger.warning(
                 "disagg: %s: quantization noise above transfer.guard_limit: %s",
@@ -312,43 +313,50 @@ class DataPlane:
     # peers
 
     def _add_peer(self, command: AddPeer) -> None:
-        endpoint = partner_of(command, self._view, self.rank)
+        lanes = lanes_of(command, kv_heads=self._view.geometry.kv_heads, rank=self.rank, held=self._view.heads)
+        wanted = [(command.epoch, lane.endpoint.agent_name) for lane in lanes]
         known = self._links.get((command.peer, command.receives))
-        if known is not None and (known.epoch, known.agent) == (command.epoch, endpoint.agent_name):
+        if known is not None and [(link.epoch, link.agent) for link in known] == wanted:
             return
         self._drop_link(command.peer, command.receives, "peer_restarted")
-        link = self._receive_link(command, endpoint) if command.receives else self._send_link(command, endpoint)
-        self._links[command.peer, command.receives] = link
-        self._loop.tell(Connect(link, endpoint.agent_metadata))
-        if isinstance(link, SendLink):
-            self._stager.connect(link)
+        links = tuple([self._link(command, lane, alone=len(lanes) == 1) for lane in lanes])
+        self._links[command.peer, command.receives] = links
+        for link, lane in zip(links, lanes, strict=True):
+            self._loop.tell(Connect(link, lane.endpoint.agent_metadata))
+        if not command.receives:
+            self._stager.connect(command.peer, tuple([link for link in links if isinstance(link, SendLink)]))
 
-    def _receive_link(self, command: AddPeer, endpoint: RankEndpoint) -> ReceiveLink:
-        region = Region(command.region_first_slot, command.region_slots)
-        _require_within(region, self._memory.ring.slots, "our landing ring")
-        return ReceiveLink(command.peer, command.epoch, endpoint.agent_name, region)
+    def _link(self, command: AddPeer, lane: Lane, *, alone: bool) -> Link:
+        if not command.receives:
+            return self._send_link(command, lane, alone=alone)
+        _require_within(lane.region, self._memory.ring.slots, "our landing ring")
+        return ReceiveLink(command.peer, command.epoch, lane.endpoint.agent_name, lane.region, lane.heads)
 
-    def _send_link(self, command: AddPeer, endpoint: RankEndpoint) -> SendLink:
-        _require_within(Region(command.region_first_slot, command.region_slots), endpoint.ring_slots, "the peer's ring")
+    def _send_link(self, command: AddPeer, lane: Lane, *, alone: bool) -> SendLink:
+        endpoint = lane.endpoint
+        _require_within(lane.region, endpoint.ring_slots, "the peer's ring")
+        staging_of = command.peer if alone else f"{command.peer} rank {endpoint.rank}"
         limit = min(endpoint.slot_bytes, self._memory.staging.slot_bytes)
         self._require_one_token(limit)
         return SendLink(
             peer=command.peer,
             epoch=command.epoch,
             agent=endpoint.agent_name,
-            region=self._regions.region_for(command.peer, command.region_slots),
-            remote_address=endpoint.ring_address + command.region_first_slot * endpoint.slot_bytes,
+            region=self._regions.region_for(staging_of, lane.region.slots),
+            remote_address=endpoint.ring_address + lane.region.first_slot * endpoint.slot_bytes,
             remote_slot_bytes=endpoint.slot_bytes,
             chunk_limit_bytes=limit,
-            slots=SlotPool(range(command.region_slots)),
+            slots=SlotPool(range(lane.region.slots)),
+            heads=lane.heads,
         )
 
     def _drop_link(self, peer: str, receives: bool, reason: str) -> None:
-        link = self._links.pop((peer, receives), None)
-        if link is None:
+        links = self._links.pop((peer, receives), None)
+        if links is None:
             return
-        self._loop.tell(Disconnect(link, reason))
-        if isinstance(link, SendLink):
+        for link in links:
+            self._loop.tell(Disconnect(link, reason))
+        if not receives:
             self._stager.disconnect(peer, reason)
 
     # inside
@@ -395,11 +403,9 @@ class DataPlane:
                 self._forget(event.link)
 
     def _forget(self, link: Link) -> None:
-        key = (link.peer, isinstance(link, ReceiveLink))
-        if self._links.get(key) is link:
-            del self._links[key]
-            if isinstance(link, SendLink):
-                self._stager.disconnect(link.peer, "peer_lost")
+        receives = isinstance(link, ReceiveLink)
+        if link in self._links.get((link.peer, receives), ()):  # one rank of a peer is no use without the others
+            self._drop_link(link.peer, receives, "peer_lost")
 
     def _within_boundary(self, step: Callable[[_T], None] | Callable[[], None], *args: _T) -> None:
         """The boundary of a hook: an exception that passed it would end the engine."""
@@ -436,30 +442,6 @@ class DataPlane:
 def agent_name(engine: str, rank: int, epoch: int) -> str:
     """``<engine>-<rank>-<epoch>``: a name that no earlier life of this rank had."""
     return f"{engine}-{rank}-{epoch}"
-
-
-def partner_of(command: AddPeer, view: KVCacheView, rank: int) -> RankEndpoint:
-    """The rank of a peer that this rank exchanges its heads with.
-
-    Raises:
-        ConfigError: Not exactly one rank holds exactly these heads. (Different tensor parallelism on the two sides
-            means several partners per rank; ``plan_exchanges`` knows them, links do not yet.)
-    """
-    tensor_parallel = len(command.endpoints)
-    exchanges = plan_exchanges(view.geometry.kv_heads, tensor_parallel, tensor_parallel)
-    partners = [
-        exchange.prefill_rank if command.receives else exchange.decode_rank
-        for exchange in exchanges
-        if rank == (exchange.decode_rank if command.receives else exchange.prefill_rank)
-        and exchange.heads == view.heads
-    ]
-    endpoints = [endpoint for endpoint in command.endpoints if endpoint.rank in partners]
-    if len(endpoints) != 1:
-        raise ConfigError(
-            f"peer {command.peer} has {tensor_parallel} ranks; rank {rank} here holds {view.heads}: "
-            "the two engines need the same tensor parallelism"
-        )
-    return endpoints[0]
 
 
 def _require_within(region: Region, slots: int, where: str) -> None:

@@ -38,6 +38,10 @@ class HeadRange:
     start: int
     count: int
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -79,3 +83,13 @@ def plan_exchanges(kv_heads: int, prefill_tp: int, decode_tp: int) -> tuple[Exch
             if start < stop:
                 exchanges.append(Exchange(prefill_rank, decode_rank, HeadRange(start, stop - start)))
     return tuple(exchanges)
+
+
+def senders_per_receiver(kv_heads: int, prefill_tp: int, decode_tp: int) -> int:
+    """Most prefill ranks that any decode rank hears from.
+
+    Raises:
+        ValueError: Heads cannot be split over one of the two.
+    """
+    plan = plan_exchanges(kv_heads, prefill_tp, decode_tp)
+    return max(sum(one.decode_rank == rank for one in plan) for rank in range(decode_tp))

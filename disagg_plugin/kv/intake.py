@@ -34,15 +34,27 @@ PARKED_MAX = 1024
 
 
 @dataclass(slots=True)
-class Ticket:
-    """What the data-plane thread knows of one open transfer."""
+class Inflow:
+    """What came for one transfer over one link."""
 
-    command: OpenReceive
     link: ReceiveLink
     progress_s: float  # opened, or last verified chunk
     sequences: set[int] = field(default_factory=set)
     accepted: TokenRanges = field(default_factory=TokenRanges)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What the data-plane thread knows of one open transfer."""
+
+    command: OpenReceive
+    inflows: dict[str, Inflow]  # by agent name: one for each rank of the peer that sends to us
     broken: bool = False
+
+    def stalled(self, since_s: float) -> bool:
+        """Whether any rank that still owes tokens has brought none since."""
+        first, end = self.command.first_token, self.command.end_token
+        return any(i.progress_s < since_s and i.accepted.prefix_end(first) < end for i in self.inflows.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +126,16 @@ class Intake:
     def break_tickets(self, agent: str, reason: str) -> None:
         """What this agent still owes us will not come, or cannot be answered."""
         for ticket in self._tickets.values():
-            if ticket.link.agent == agent:
+            if agent in ticket.inflows:
                 self._break(ticket, reason)
 
     def open(self, command: OpenReceive) -> None:
-        link = next((link for link in self._links.values() if link.peer == command.peer), None)
-        if link is None or command.nonce in self._tickets:
-            self._emit(ReceiveBroken(command.nonce, "peer_lost" if link is None else "nonce_in_use"))
+        now = self._clock()
+        inflows = {agent: Inflow(link, now) for agent, link in self._links.items() if link.peer == command.peer}
+        if not inflows or command.nonce in self._tickets:
+            self._emit(ReceiveBroken(command.nonce, "nonce_in_use" if inflows else "peer_lost"))
             return
-        self._tickets[command.nonce] = Ticket(command, link, self._clock())
+        self._tickets[command.nonce] = Ticket(command, inflows)
         self._unpark()
 
     def close(self, nonce: int) -> None:
@@ -146,14 +159,14 @@ class Intake:
         elif ticket is None or ticket.broken:
             self._counters["late"] += 1
             self._answer(agent, notification, Kind.DISCARD)
-        elif ticket.link is not link:
+        elif (inflow := ticket.inflows.get(agent)) is None or inflow.link is not link:
             self._counters["foreign"] += 1
             self._answer(agent, notification, Kind.DISCARD)
-        elif notification.sequence in ticket.sequences:
+        elif notification.sequence in inflow.sequences:
             self._counters["replays"] += 1
             self._answer(agent, notification, Kind.ACK)
         else:
-            self._copy_and_verify(link, ticket, notification)
+            self._copy_and_verify(inflow, ticket, notification)
 
     def pump(self) -> bool:
         """Retry what waited for a buffer, give up what was parked too long, check deadlines; True if any moved."""
@@ -175,12 +188,14 @@ class Intake:
         held_back = {notification.nonce for _, notification in self._waiting}
         for nonce, ticket in self._tickets.items():
             if nonce in held_back:
-                ticket.progress_s = now  # it is us who are slow, not the peer
-            elif now - ticket.progress_s > self._stall_timeout_s and not ticket.broken:
+                for inflow in ticket.inflows.values():
+                    inflow.progress_s = now  # it is us who are slow, not the peer
+            elif ticket.stalled(now - self._stall_timeout_s) and not ticket.broken:
                 self._counters["receive_deadlines"] += 1
                 self._break(ticket, "stalled")
 
-    def _copy_and_verify(self, link: ReceiveLink, ticket: Ticket, notification: Notification) -> None:
+    def _copy_and_verify(self, inflow: Inflow, ticket: Ticket, notification: Notification) -> None:
+        link = inflow.link
         if not HEADER_BYTES <= notification.nbytes <= self._ring.slot_bytes:
             self._damaged(link.agent, ticket, notification, f"{notification.nbytes} bytes cannot be a chunk")
             return
@@ -193,23 +208,25 @@ class Intake:
         copy[:] = self._ring.array(link.region.slot(notification.slot))[: notification.nbytes]
         try:
             header = parse_chunk(copy)
-            self._check_belongs(header, ticket.command, notification)
+            self._check_belongs(header, ticket.command, notification, link.heads or self._heads)
         except CodecError as error:
             self._buffers.give(buffer)
             self._counters["checksum_failures"] += isinstance(error, WireError)
             self._damaged(link.agent, ticket, notification, str(error))
             return
-        if not ticket.accepted.add(header.token_start, header.token_end):
+        if not inflow.accepted.add(header.token_start, header.token_end):
             self._buffers.give(buffer)
             self._counters["replays"] += 1
             self._answer(link.agent, notification, Kind.DISCARD)
             return
-        ticket.sequences.add(notification.sequence)
-        ticket.progress_s = self._clock()
-        self._emit(Landed(notification.nonce, header, buffer, notification.nbytes, ticket.progress_s))
+        inflow.sequences.add(notification.sequence)
+        inflow.progress_s = self._clock()
+        self._emit(Landed(notification.nonce, header, buffer, notification.nbytes, inflow.progress_s))
         self._answer(link.agent, notification, Kind.ACK)
 
-    def _check_belongs(self, header: ChunkHeader, command: OpenReceive, notification: Notification) -> None:
+    def _check_belongs(
+        self, header: ChunkHeader, command: OpenReceive, notification: Notification, heads: HeadRange
+    ) -> None:
         """What an intact chunk must say to be the announced one.
 
         Raises:
@@ -226,8 +243,8 @@ class Intake:
                 f"[{command.first_token}, {command.end_token})"
             )
         shape = (header.layers, header.sides, header.heads, header.head_dim)
-        if shape != (geometry.layers, geometry.sides, self._heads, geometry.head_dim):
-            raise CodecError(f"chunk of (layers, sides, heads, head_dim) {shape}, here {geometry}, {self._heads}")
+        if shape != (geometry.layers, geometry.sides, heads, geometry.head_dim):
+            raise CodecError(f"chunk of (layers, sides, heads, head_dim) {shape}, here {geometry}, {heads}")
 
     def _damaged(self, agent: str, ticket: Ticket, notification: Notification, why: str) -> None:
         """Ask for it once more; the second time the transfer is lost."""

@@ -44,6 +44,8 @@ class Sink(Protocol):
     heads: HeadRange
     block_size: int
 
+    def gather(self, layer: int, side: int, block_ids: Sequence[int], start: int, end: int) -> torch.Tensor: ...
+
     def scatter(
         self, layer: int, side: int, block_ids: Sequence[int], start: int, end: int, kv: torch.Tensor
     ) -> None: ...
@@ -51,12 +53,13 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReceiveLink:
-    """One rank of one epoch of a peer that writes to us. Identity is equality."""
+    """One rank of one epoch of a peer that writes to us. Identity is equality. ``heads``: which come from it."""
 
     peer: str
     epoch: int
     agent: str
     region: Region  # of the landing ring
+    heads: HeadRange | None = None  # None: all that we hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +113,27 @@ class TokenRanges:
         return max(first, self._ends[at - 1]) if at > 0 else first
 
 
+class LandedHeads:
+    """Token ranges of each head; a token has landed when all heads of this rank have."""
+
+    def __init__(self, heads: HeadRange) -> None:
+        self._ranges = {head: TokenRanges() for head in range(heads.start, heads.stop)}
+
+    def add(self, start: int, end: int, heads: HeadRange) -> None:
+        for head in range(heads.start, heads.stop):
+            self._ranges[head].add(start, end)
+
+    def prefix_end(self, first: int) -> int:
+        """End of what landed from ``first`` on without a hole, on all heads."""
+        return min(ranges.prefix_end(first) for ranges in self._ranges.values())
+
+
 @dataclass(slots=True)
 class ReceiveState:
     """Accounts of one transfer, in the engine's thread."""
 
     command: OpenReceive
-    landed: TokenRanges = field(default_factory=TokenRanges)  # scattered completely
+    landed: LandedHeads  # scattered completely
     codecs: set[SectionCodec] = field(default_factory=set)
     chunks: int = 0
     wire_bytes: int = 0
@@ -183,7 +201,7 @@ class Scatter:
         """False if there is nothing to wait for: the range is empty, or the request is open already."""
         state = self._receives.get(command.request_id)
         if state is None:
-            state = self._receives[command.request_id] = ReceiveState(command)
+            state = self._receives[command.request_id] = ReceiveState(command, LandedHeads(self._sink.heads))
         elif not state.suspended:
             self._counters["late_commands"] += 1
             return False
@@ -222,7 +240,7 @@ class Scatter:
         if not state.command.first_token <= command.first_token <= state.prefix_end:
             self._fail(state, "hole_in_range")
             return False
-        state.command, state.landed, state.suspended = command, TokenRanges(), False
+        state.command, state.landed, state.suspended = command, LandedHeads(self._sink.heads), False
         return True
 
     def landed(self, chunk: Landed) -> None:
@@ -281,11 +299,23 @@ class Scatter:
                     out=self._decode_buffer(header, section.codec),
                 )
             with profile_range("disagg scatter"):
-                self._sink.scatter(layer, side, state.command.block_ids, header.token_start, header.token_end, kv)
+                self._sink_section(layer, side, state.command.block_ids, header, kv)
             self._next_section += 1
             if self._next_section < len(sections) and self._clock() >= deadline:
                 return False
         return True
+
+    def _sink_section(
+        self, layer: int, side: int, block_ids: Sequence[int], header: ChunkHeader, kv: torch.Tensor
+    ) -> None:
+        """Write one section. Views write all heads of a rank: where others come from another rank, they stay."""
+        sink, at = self._sink, (header.token_start, header.token_end)
+        if header.heads != sink.heads:
+            all_heads = sink.gather(layer, side, block_ids, *at).clone()
+            first = header.heads.start - sink.heads.start
+            all_heads[first : first + header.heads.count] = kv
+            kv = all_heads
+        sink.scatter(layer, side, block_ids, *at, kv)
 
     def _decode_buffer(self, header: ChunkHeader, codec: SectionCodec) -> torch.Tensor | None:
         """Memory to decode to, kept between sections; RAW is scattered right from the private buffer."""
@@ -299,7 +329,7 @@ class Scatter:
 
     def _account(self, chunk: Landed, state: ReceiveState) -> None:
         header = chunk.header
-        state.landed.add(header.token_start, header.token_end)
+        state.landed.add(header.token_start, header.token_end, header.heads)
         state.first_chunk_s = state.first_chunk_s or chunk.at_s
         state.last_chunk_s = max(state.last_chunk_s, chunk.at_s)
         state.chunks += 1
@@ -309,7 +339,7 @@ class Scatter:
         add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
         self._counters["chunks_received"] += 1
         self._counters["wire_bytes_received"] += chunk.nbytes
-        self._counters["raw_bytes_received"] += self._raw_bytes(header.tokens)
+        self._counters["raw_bytes_received"] += header.tokens * self._sink.geometry.raw_token_bytes(header.heads.count)
 
     def _raw_bytes(self, tokens: int) -> int:
         return tokens * self._sink.geometry.raw_token_bytes(self._sink.heads.count)

@@ -65,6 +65,7 @@ class SendLink:
     remote_slot_bytes: int
     chunk_limit_bytes: int  # the smaller of the two sides' slots
     slots: SlotPool  # indices within the region; engine's thread only
+    heads: HeadRange  # that go this way
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +104,24 @@ class SendBroken:
 
 
 @dataclass(slots=True)
+class Outflow:
+    """What of one transfer goes over one link: to a rank of the peer, its heads."""
+
+    link: SendLink
+    next_token: int  # everything before it is staged
+    sequence: int = 0
+    in_flight: int = 0
+
+
+@dataclass(slots=True)
 class SendState:
     """Accounts of one transfer, in the engine's thread."""
 
     transfer_id: bytes
     ticket: OpenSend | None = None
-    link: SendLink | None = None
+    outflows: tuple[Outflow, ...] = ()
     computed_tokens: int = 0
     block_ids: tuple[int, ...] = ()
-    next_token: int = 0  # everything before it is staged
-    sequence: int = 0
-    in_flight: int = 0
     wire_bytes: int = 0
     wire_s: float = 0.0
     first_chunk_s: float = 0.0
@@ -126,6 +134,14 @@ class SendState:
     def available(self) -> int:
         """Exclusive end of what could be staged now."""
         return 0 if self.ticket is None else min(self.computed_tokens, self.ticket.end_token)
+
+    @property
+    def in_flight(self) -> int:
+        return sum([outflow.in_flight for outflow in self.outflows])
+
+    def staged_to(self, end: int) -> bool:
+        """Whether everything before ``end`` is staged, on all links."""
+        return all(outflow.next_token >= end for outflow in self.outflows)
 
 
 @dataclass(slots=True)
@@ -232,6 +248,41 @@ class ChunkEncoder:
         return section_bytes(codec, heads=heads, tokens=tokens, head_dim=geometry.head_dim, dtype=geometry.dtype)
 
 
+class HeadSlice:
+    """Some heads of a source."""
+
+    def __init__(self, source: Source, heads: HeadRange) -> None:
+        self.geometry = source.geometry
+        self.heads = heads
+        self._source = source
+        self._first = heads.start - source.heads.start
+
+    def gather(self, layer: int, side: int, block_ids: Sequence[int], start: int, end: int) -> Tensor:
+        whole = self._source.gather(layer, side, block_ids, start, end)
+        return whole[self._first : self._first + self.heads.count]
+
+
+class Encoders:
+    """One encoder for each range of heads that leaves this rank: mostly one, for all of them."""
+
+    def __init__(self, source: Source, codec: KVCodec, guard_for: Callable[[SectionCodec], QuantizationGuard]) -> None:
+        self._source = source
+        self._codec = codec
+        self._guard_for = guard_for
+        self._encoders: dict[HeadRange, ChunkEncoder] = {}
+
+    def of(self, heads: HeadRange) -> ChunkEncoder:
+        """The encoder of these heads."""
+        if heads not in self._encoders:
+            source = self._source if heads == self._source.heads else HeadSlice(self._source, heads)
+            self._encoders[heads] = ChunkEncoder(source, self._codec, self._guard_for)
+        return self._encoders[heads]
+
+    def take_demotions(self) -> list[Demotion]:
+        """What the guards ruled out since the last call."""
+        return [demotion for encoder in self._encoders.values() for demotion in encoder.take_demotions()]
+
+
 class Stager:
     """Engine's thread: decides what goes into which slot. No call waits; a full link leaves the rest for later."""
 
@@ -239,19 +290,19 @@ class Stager:
         self,
         source: Source,
         *,
-        encoder: ChunkEncoder,
+        encoders: Encoders,
         arena: SlotArena,
         post: Callable[[StagedChunk], None],
         clock: Callable[[], float],
         counters: dict[str, float],
     ) -> None:
         self._source = source
-        self._encoder = encoder
+        self._encoders = encoders
         self._arena = arena
         self._post = post
         self._clock = clock
         self._counters = counters
-        self._links: dict[str, SendLink] = {}
+        self._links: dict[str, tuple[SendLink, ...]] = {}  # by peer: one for each of its ranks that wants our heads
         self._sends: dict[bytes, SendState] = {}
         self._ended: dict[bytes, None] = {}  # in order of their end
         self.outcomes = SendOutcomes()
@@ -262,25 +313,25 @@ class Stager:
 
     @property
     def slots_in_use(self) -> int:
-        return sum(link.slots.in_use for link in self._links.values())
+        return sum(link.slots.in_use for links in self._links.values() for link in links)
 
     @property
     def busy(self) -> bool:
         """Something to stage, or an acknowledgement outstanding."""
-        return any(state.in_flight or state.next_token < state.available for state in self._sends.values())
+        return any(state.in_flight or not state.staged_to(state.available) for state in self._sends.values())
 
     # what the scheduler says
 
-    def connect(self, link: SendLink) -> None:
-        """Use this link for the peer from now on; transfers over its predecessor are lost."""
-        self.disconnect(link.peer, "peer_restarted")
-        self._links[link.peer] = link
+    def connect(self, peer: str, links: tuple[SendLink, ...]) -> None:
+        """Use these links for the peer from now on; transfers over their predecessors are lost."""
+        self.disconnect(peer, "peer_restarted")
+        self._links[peer] = links
 
     def disconnect(self, peer: str, reason: str) -> None:
         """Fail what goes to this peer."""
-        link = self._links.pop(peer, None)
+        links = self._links.pop(peer, ())
         for state in list(self._sends.values()):
-            if link is not None and state.link is link:
+            if any(outflow.link in links for outflow in state.outflows):
                 self.fail(state.transfer_id, reason)
 
     def open(self, ticket: OpenSend) -> None:
@@ -292,11 +343,11 @@ class Stager:
             self._counters["late_commands"] += 1
             return
         state.ticket = ticket
-        state.next_token = ticket.first_token
-        state.link = self._links.get(ticket.peer)
-        if state.link is None:
+        links = self._links.get(ticket.peer)
+        if links is None:
             self.fail(ticket.transfer_id, "peer_lost")
             return
+        state.outflows = tuple([Outflow(link, ticket.first_token) for link in links])
         self._settle(state)
 
     def computed(self, command: Computed) -> None:
@@ -332,7 +383,9 @@ class Stager:
         if event.failure is not None:
             self.fail(event.transfer_id, event.failure)
             return
-        state.in_flight -= 1
+        for outflow in state.outflows:
+            if outflow.link is event.link:
+                outflow.in_flight -= 1
         state.acknowledged_s = event.at_s
         state.wire_s += event.wire_s
         self._settle(state)
@@ -355,62 +408,63 @@ class Stager:
                 continue
             if state.last_computed_s is None and state.computed_tokens >= state.ticket.end_token:
                 state.last_computed_s = now
-            if state.next_token < state.available:
+            if not state.staged_to(state.available):
                 self._stage_within_boundary(state, state.ticket)
 
     def _stage_within_boundary(self, state: SendState, ticket: OpenSend) -> None:
         try:
-            self._stage_transfer(state, ticket)
+            for outflow in state.outflows:
+                self._stage_outflow(state, ticket, outflow)
         except Exception:  # the boundary of one transfer: an exception here would end the engine
             logger.exception("transfer %s cannot be staged", state.transfer_id.hex())
             self.fail(state.transfer_id, "gather_failed")
         else:
             self._settle(state)
 
-    def _stage_transfer(self, state: SendState, ticket: OpenSend) -> None:
-        link = state.link
-        assert link is not None  # open() fails a transfer without one
-        while state.next_token < state.available:
+    def _stage_outflow(self, state: SendState, ticket: OpenSend, outflow: Outflow) -> None:
+        link = outflow.link
+        while outflow.next_token < state.available:
             slot = link.slots.take()
             if slot is None:
                 self._counters["credit_waits"] += 1
                 return
             try:
-                chunk = self._stage_chunk(state, ticket, link, slot)
+                chunk = self._stage_chunk(state, ticket, outflow, slot)
             except BaseException:
                 link.slots.give(slot)
                 raise
-            state.sequence += 1
-            state.in_flight += 1
+            outflow.sequence += 1
+            outflow.in_flight += 1
             state.wire_bytes += chunk.nbytes
             self._post(chunk)
 
-    def _stage_chunk(self, state: SendState, ticket: OpenSend, link: SendLink, slot: int) -> StagedChunk:
+    def _stage_chunk(self, state: SendState, ticket: OpenSend, outflow: Outflow, slot: int) -> StagedChunk:
+        link = outflow.link
         memory = self._arena.tensor(link.region.slot(slot))[: link.chunk_limit_bytes]
-        start = state.next_token
-        end, codecs = self._encoder.encode(state.block_ids, start, state.available, self._wanted(ticket), memory)
+        start = outflow.next_token
+        encoder = self._encoders.of(link.heads)
+        end, codecs = encoder.encode(state.block_ids, start, state.available, self._wanted(ticket), memory)
         geometry = self._source.geometry
         header = ChunkHeader(
             transfer_id=state.transfer_id,
             nonce=ticket.nonce,
-            sequence=state.sequence,
+            sequence=outflow.sequence,
             token_start=start,
             token_end=end,
             layers=geometry.layers,
             sides=geometry.sides,
-            heads=self._source.heads,
+            heads=link.heads,
             head_dim=geometry.head_dim,
             dtype=geometry.dtype,
             codecs=codecs,
         )
         nbytes = write_header(header, memory.numpy())
-        if start == ticket.first_token:
-            state.first_chunk_s = self._clock()
-        state.next_token = end
+        state.first_chunk_s = state.first_chunk_s or self._clock()
+        outflow.next_token = end
         self._counters["chunks_sent"] += 1
         self._counters["wire_bytes_sent"] += nbytes
-        self._counters["raw_bytes_sent"] += geometry.raw_token_bytes(self._source.heads.count) * (end - start)
-        return StagedChunk(link, slot, state.transfer_id, ticket.nonce, state.sequence, nbytes)
+        self._counters["raw_bytes_sent"] += geometry.raw_token_bytes(link.heads.count) * (end - start)
+        return StagedChunk(link, slot, state.transfer_id, ticket.nonce, outflow.sequence, nbytes)
 
     def _wanted(self, ticket: OpenSend) -> SectionCodec:
         """``auto`` is resolved by the scheduler, which knows the link; here it means RAW, as for quantized caches."""
@@ -425,7 +479,7 @@ class Stager:
         ticket = state.ticket
         if ticket is None:
             return
-        if not state.staged and state.next_token >= ticket.end_token:
+        if not state.staged and state.staged_to(ticket.end_token):
             state.staged = True
             self.outcomes.staged.append(state.transfer_id)
             self._release_blocks(state)
@@ -433,7 +487,7 @@ class Stager:
             self.outcomes.sent.append(state.transfer_id)
             self.outcomes.timings.append(_timing(state))
             self._end(state)
-        elif state.release_requests and state.next_token >= state.available:
+        elif state.release_requests and state.staged_to(state.available):
             self.fail(state.transfer_id, "incomplete")  # its request ended: nothing more will be computed
 
     def _release_blocks(self, state: SendState) -> None:
@@ -457,7 +511,7 @@ def _timing(state: SendState) -> SendTiming:
         first_chunk_s=state.first_chunk_s,
         last_computed_s=state.last_computed_s or state.first_chunk_s,
         acknowledged_s=state.acknowledged_s,
-        chunks=state.sequence,
+        chunks=sum([outflow.sequence for outflow in state.outflows]),
         wire_bytes=state.wire_bytes,
         wire_s=state.wire_s,
     )

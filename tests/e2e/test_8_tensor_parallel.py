@@ -1,6 +1,7 @@
-"""Two tensor-parallel ranks on each side: every rank brings its own heads, and all or none of them count.
+"""Tensor-parallel ranks: each brings its own heads, all or none of them count, and both sides may have other numbers.
 
-Two starts. Ordered: the decode engine leaves at the end.
+Three starts: a prefill and a decode engine of two ranks each, and one of a single rank that is both. Ordered: the
+decode engine leaves at the end.
 """
 
 import os
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.client import Engine, at_once, same_tokens
-from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
+from e2e.client import Answer, Engine, at_once, same_tokens
+from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_alive, settings, settle
 from e2e.offloads import Offloads, prompt_of
 from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
 from models import tiny
+from sequential_proxy import SequentialProxy
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -27,10 +29,11 @@ FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
 
 @dataclass
 class Ranks:
-    """The two engines; a rank's number in ``damage`` makes that rank of P damage its next chunk."""
+    """The engines; a rank's number in ``damage`` makes that rank of P damage its next chunk."""
 
     prefill: Engine
     decode: Engine
+    single: Engine
     damage: Path
 
 
@@ -38,7 +41,7 @@ class Ranks:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     end_running_fleet()
     folder = tmp_path_factory.mktemp("ranks")
-    p_port, p_side, d_port, d_side = (free_port() for _ in range(4))
+    p_port, p_side, d_port, d_side, s_port, s_side = (free_port() for _ in range(6))
     both = {BIND: "|".join(vllm_env(core=core)[BIND] for core in range(2))}
     flags = ("--tensor-parallel-size", "2")
     damage = folder / "damage"
@@ -46,19 +49,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     faulty = {**both, "PYTHONPATH": os.pathsep.join(path), "DISAGG_TEST_DAMAGE": str(damage)}
     p_plan = Plan("prefill", tiny(), p_port, 0, settings("prefill", p_side), flags, faulty)
     workers = [{"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}]
-    d_plan = Plan("decode", tiny(), d_port, 1, settings("decode", d_side, prefill_workers=workers), flags, both)
+    allowed = {"allowed_hosts": [f"127.0.0.1:{s_side}"]}  # nobody told D of it: a router will
+    d_settings = settings("decode", d_side, prefill_workers=workers, router=allowed)
+    d_plan = Plan("decode", tiny(), d_port, 1, d_settings, flags, both)
+    s_plan = Plan("single", tiny(), s_port, 0, settings("both", s_side, prefill_workers=workers))
     with ExitStack() as stack:
-        prefill, decode = at_once([lambda plan=plan: plan.start(stack, folder) for plan in (p_plan, d_plan)])
-        decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
-        decode.complete(range(1_000, 1_300), cache_salt="warm-up")
-        yield Ranks(prefill, decode, damage)
+        starts = [lambda plan=plan: plan.start(stack, folder) for plan in (p_plan, d_plan, s_plan)]
+        prefill, decode, single = at_once(starts)
+        for engine in (decode, single):
+            engine.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()))
+            engine.complete(range(1_000, 1_300), cache_salt="warm-up")
+        yield Ranks(prefill, decode, single, damage)
 
 
 @pytest.fixture
 def pair(ranks: Ranks) -> Iterator[Ranks]:
     yield ranks
-    if psutil.pid_exists(ranks.decode.pid):
+    if is_alive(ranks.decode):
         assert settle(ranks.decode)["decode"]["tracked_requests"] == 0
+    settle(ranks.single)
     settle(ranks.prefill)
 
 
@@ -71,6 +80,35 @@ def test_both_ranks_bring_their_heads(pair: Ranks, tokens: int) -> None:
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)
     assert totals["raw_bytes"] == (tokens - 1) * TINY_TOKEN_BYTES
     assert same_tokens(got, pair.prefill.complete(prompt, cache_salt="local"))
+
+
+@pytest.mark.parametrize("tokens", [33, 1_500])
+def test_two_ranks_send_to_one(pair: Ranks, tokens: int) -> None:
+    prompt = prompt_of(tokens, seed=230)
+    counted = Offloads(pair.single)
+    got = pair.single.complete(prompt, cache_salt="two to one")
+    totals = counted.totals()
+    assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)
+    assert totals["raw_bytes"] == (tokens - 1) * TINY_TOKEN_BYTES
+    assert same_tokens(got, local(pair.single, prompt))
+
+
+@pytest.mark.parametrize("tokens", [33, 1_500])
+def test_one_rank_sends_to_two(pair: Ranks, tokens: int) -> None:
+    """By way of a router, to an engine that the decode engine's settings only allow."""
+    prompt = prompt_of(tokens, seed=231)
+    counted = Offloads(pair.decode)
+    with SequentialProxy(pair.single.url, pair.decode.url) as proxy:
+        got = Engine(proxy.url, pair.decode.model).complete(prompt, cache_salt="one to two")
+    totals = counted.totals()
+    assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)
+    assert totals["raw_bytes"] == (tokens - 1) * TINY_TOKEN_BYTES
+    assert same_tokens(got, local(pair.decode, prompt))
+
+
+def local(engine: Engine, prompt: list[int]) -> Answer:
+    """A prompt whose logprobs are asked for is prefilled where it is."""
+    return engine.complete(prompt, cache_salt="local", prompt_logprobs=1)
 
 
 def test_a_chunk_of_one_rank_that_is_damaged_is_asked_for_again(pair: Ranks) -> None:

@@ -43,6 +43,7 @@ class HttpPrefill:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, object]] = []
+        self.headers: list[dict[str, str]] = []
         self.arrived = threading.Event()
         self.may_answer = threading.Event()
         self.status = 200
@@ -50,6 +51,7 @@ class HttpPrefill:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                 outer.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 outer.arrived.set()
                 outer.may_answer.wait(10)
@@ -185,6 +187,15 @@ def test_a_prompt_goes_all_the_way_to_open_on_both_sides(http: HttpPrefill) -> N
         assert (send.first_token, send.end_token, send.codec) == (0, 999, "raw")
 
 
+@pytest.mark.parametrize(("rank", "header"), [(None, None), (0, "0"), (1, "1")])
+def test_a_prompt_is_posted_to_the_data_parallel_rank_that_accepted_it(
+    http: HttpPrefill, rank: int | None, header: str | None
+) -> None:
+    with running(Pair(http, replace(FACTS, http_dp_rank=rank))) as pair:
+        pair.offloading()
+        assert http.headers[-1].get("x-data-parallel-rank") == header
+
+
 def test_a_full_queue_refuses_without_any_http(http: HttpPrefill) -> None:
     with running(Pair(http)) as pair:
         eventually(pair.met)
@@ -221,6 +232,9 @@ def test_an_abort_on_decode_cancels_on_prefill_and_closes_the_connection(http: H
         pytest.param(replace(FACTS, model=ModelIdentity("config-a", "weights-b")), "weights_digest", id="weights"),
         pytest.param(replace(FACTS, model=ModelIdentity("config-b", "weights-a")), "config_fingerprint", id="config"),
         pytest.param(replace(FACTS, geometry=replace(GEOMETRY, layers=5)), "layers", id="layers"),
+        pytest.param(
+            replace(FACTS, endpoints=FACTS.endpoints * 3), "tensor_parallel", id="heads that three ranks cannot share"
+        ),
         pytest.param(
             replace(FACTS, geometry=replace(GEOMETRY, dtype="float8_e4m3fn")),
             "kv_dtype",

@@ -18,7 +18,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
     SuspendReceive,
 )
-from disagg_plugin.kv.dataplane import Completions, DataPlane, agent_name, partner_of
+from disagg_plugin.kv.dataplane import Completions, DataPlane, agent_name
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.wire import Kind, Notification, parse_notification
 from disagg_plugin.testing import DenseView, MemoryNetwork, canonical_noise
@@ -672,19 +672,10 @@ def test_a_slot_too_small_for_one_token_is_a_start_up_error():
         )
 
 
-def test_partners_are_ranks_with_the_same_heads_or_nobody(rig):
-    endpoints = tuple(replace(rig.d.endpoint, rank=rank) for rank in range(2))
-    half = DenseView(GEOMETRY, blocks=1, block_size=16, heads=HeadRange(1, 1))
-    peer = AddPeer("d", 1, endpoints, 0, 4, receives=False)
-    assert partner_of(peer, half, 1).rank == 1
-    with pytest.raises(ConfigError, match="same tensor parallelism"):
-        partner_of(peer, rig.views["p"], 0)
-
-
-def test_a_peer_with_another_tensor_parallelism_is_said_loudly_and_not_used(rig, caplog):
-    endpoints = tuple(replace(rig.d.endpoint, rank=rank) for rank in range(2))
+def test_a_peer_whose_ranks_cannot_be_matched_is_said_loudly_and_not_used(rig, caplog):
+    endpoints = tuple(replace(rig.d.endpoint, rank=rank) for rank in range(3))
     rig.p.apply([AddPeer("d2", 1, endpoints, 0, 4, receives=False)])
-    assert "same tensor parallelism" in caplog.text
+    assert "2 KV heads cannot be split over 3 ranks" in caplog.text
     rig.p.apply([OpenSend(ID, NONCE, "d2", 0, TOKENS, "raw")])
     rig.step("p")
     assert rig.said("p", "send_failed") == [(ID, "peer_lost")]

@@ -11,7 +11,9 @@ import torch
 from disagg_vllm.support import (
     ROUTING_KEY,
     EngineFacts,
+    dp_rank_of,
     engine_facts,
+    http_dp_rank_of,
     local_only_reason,
     routing_of,
     unsupported_engine,
@@ -160,6 +162,39 @@ def test_sleep_and_weight_transfer_are_read(tmp_path):
     vllm_config.model_config.enable_sleep_mode = False
     vllm_config.weight_transfer_config = SimpleNamespace(backend="nccl")
     assert "weight_transfer_config" in str(unsupported_engine(vllm_config, kv_cache_config))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rank", "by_http"),
+    [
+        pytest.param({"data_parallel_rank": 0}, 0, 0, id="an older vLLM, no data parallelism"),
+        pytest.param({"data_parallel_rank": 0, "data_parallel_index": 1}, 1, 1, id="second rank of a dense model"),
+        pytest.param({"data_parallel_rank": 3, "data_parallel_index": 3}, 3, 3, id="fourth rank of an MoE model"),
+        pytest.param(
+            {"data_parallel_rank": 0, "data_parallel_index": 2, "data_parallel_external_lb": True},
+            *(2, None),
+            id="an API server for each rank",
+        ),
+        pytest.param(
+            {
+                "data_parallel_rank": 0,
+                "data_parallel_index": 5,
+                "data_parallel_hybrid_lb": True,
+                "data_parallel_rank_local": 1,
+            },
+            *(5, 1),
+            id="an API server for each machine",
+        ),
+    ],
+)
+def test_data_parallel_ranks_are_told_apart(parallel, rank, by_http):
+    """vLLM makes every rank of a dense model believe that it is rank 0; side channels need the real one."""
+    from vllm.config import ParallelConfig
+
+    names = set(ParallelConfig.__dataclass_fields__)
+    assert parallel.keys() <= names | {"data_parallel_index"}
+    config = SimpleNamespace(**parallel)
+    assert (dp_rank_of(config), http_dp_rank_of(config)) == (rank, by_http)
 
 
 def real_request(**changes):
