@@ -178,6 +178,11 @@ class TransferSettings(SettingsSection):
     held_kv_fraction: float = Field(
         default=0.5, gt=0, le=1, description="Decode: share of the KV cache that transfers under way may hold."
     )
+    fallback_local_tokens_per_step: int = Field(
+        default=1024,
+        ge=1,
+        description="Decode: prompt tokens that failed offloads may bring back a step, on average, to be computed.",
+    )
     alloc_lead_s: float = Field(default=0.05, ge=0, description="Allocate when the prefill is to start this soon.")
     shared_prefix_wait_s: float = Field(
         default=10.0,

@@ -134,6 +134,7 @@ class SchedulerSide:
                 service.decode,
                 engine=service.engine,
                 kv_capacity_tokens=capacity,
+                ranks=len(ordered),
                 load=self._load,
                 step_tokens=config.scheduler_config.max_num_batched_tokens,  # the workers' are not known; mostly equal
                 journal=self._journal,

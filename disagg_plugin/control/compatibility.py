@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from disagg_plugin.control.messages import PROTOCOL_VERSION, ModelIdentity
+from disagg_plugin.control.messages import PROTOCOL_VERSION, Hello, ModelIdentity, Welcome
 from disagg_plugin.kv.geometry import KVGeometry, senders_per_receiver
 
 OLDEST_PROTOCOL = PROTOCOL_VERSION  # N talks to N-1 from version 2 on
@@ -29,6 +29,16 @@ class Mismatch:
 
     def __str__(self) -> str:
         return f"{self.reason} differs: ours {self.ours}, theirs {self.theirs}"
+
+
+def party_of(introduction: Hello | Welcome) -> Party:
+    """Who introduces itself."""
+    return Party(
+        introduction.protocol,
+        introduction.model,
+        introduction.geometry,
+        tensor_parallel=len(introduction.endpoints),
+    )
 
 
 def find_mismatch(ours: Party, theirs: Party) -> Mismatch | None:

@@ -1,8 +1,9 @@
 """One offloaded request as its decode engine follows it, and when its chunks arrived."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from disagg_plugin.kv.commands import ReceiveTiming
+from disagg_plugin.control.decode_port import PromptView
+from disagg_plugin.kv.commands import OpenReceive, ReceiveTiming
 from disagg_plugin.kv.lifecycle import OVER, State
 from disagg_plugin.serving.decision_record import DecisionRecord
 
@@ -71,6 +72,12 @@ class Transfer:
     prefill_ended_s: float = 0.0
     arrival: Arrival | None = None
     record: DecisionRecord | None = None  # until it is over: what the estimates were
+    prompt: PromptView | None = None  # until it is over: for another offer
+    attempted_s: float = 0.0  # the newest offer
+    tried: list[str] = field(default_factory=list)  # workers that it was taken from again
+    command: OpenReceive | None = None  # what the ranks were told last
+    suspended: dict[int, int] = field(default_factory=dict)  # rank -> tokens that stand in the cache
+    done_ranks: set[int] = field(default_factory=set)  # that have reported it as received
 
     @property
     def promised_tokens(self) -> int:
@@ -88,6 +95,7 @@ class Transfer:
             "peer": self.peer,
             "reason": self.reason,
             "failure": self.failure,
+            "tried": list(self.tried),
             "prompt_tokens": self.prompt_tokens,
             "lmcache_tokens": self.lmcache_tokens,
             "first_token": self.first_token,

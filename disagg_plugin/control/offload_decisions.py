@@ -1,7 +1,7 @@
 """Feeds the policies with what this decode engine knows, and the latency models with what became of their answers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from disagg_plugin.config import DisaggSettings
@@ -78,7 +78,14 @@ class OffloadDecisions:
         port.ask_for_codecs(lambda worker, choices: self._decider.choose_codec(worker, choices).name)
 
     def decide(
-        self, prompt: PromptView, cached_tokens: int, *, free_tokens: int, promised_tokens: int, lmcache_tokens: int = 0
+        self,
+        prompt: PromptView,
+        cached_tokens: int,
+        *,
+        free_tokens: int,
+        promised_tokens: int,
+        lmcache_tokens: int = 0,
+        without: Collection[str] = (),
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
 
@@ -86,6 +93,7 @@ class OffloadDecisions:
             free_tokens: Room in the engine's KV cache.
             promised_tokens: KV that is held here for transfers, or will be.
             lmcache_tokens: Prefix in LMCache, counted from token 0.
+            without: Workers that are out of the question.
         """
         hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
         workers = self._port.workers()
@@ -95,6 +103,11 @@ class OffloadDecisions:
             decode = replace(decode, prefill=replace(known[0], samples=0))
         if decode.prefill.samples or known:
             self._port.assume(decode.prefill)  # who has measured nothing yet, perhaps since a restart: as fast as we
+        overlap_tokens = self._port.overlap_tokens(hashes)
+        if without:
+            left = [index for index, worker in enumerate(workers) if worker.worker not in without]
+            overlap_tokens = tuple([overlap_tokens[index] for index in left if index < len(overlap_tokens)])
+            workers = tuple([workers[index] for index in left])
         return self._decider.decide(
             Prompt(
                 prompt.request_id,
@@ -106,7 +119,7 @@ class OffloadDecisions:
             ),
             decode,
             workers,
-            self._port.overlap_tokens(hashes),
+            overlap_tokens,
         )
 
     def landed(self, transfer: Transfer) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.adapters import AdapterDigests
-from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch
+from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch, party_of
 from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
@@ -247,7 +247,7 @@ class PrefillService:
         }
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        theirs = Party(hello.protocol, hello.model, hello.geometry, tensor_parallel=len(hello.endpoints))
+        theirs = party_of(hello)
         mismatch = find_mismatch(self._party, theirs) or find_lane_mismatch(
             self._party, theirs, region_slots=hello.region_slots
         )

@@ -58,7 +58,8 @@ class RemovePeer:
 class OpenReceive:
     """Decode rank: tokens ``[first_token, end_token)`` of a request will arrive from ``peer``.
 
-    ``block_ids`` cover the request from token 0. ``nonce`` authenticates the peer's notifications.
+    ``block_ids`` cover the request from token 0. ``nonce`` authenticates the peer's notifications. For a request that
+    was suspended it goes on, with another transfer, where all ranks have everything before ``first_token``.
     """
 
     request_id: str
@@ -76,6 +77,16 @@ class AbandonReceive:
 
     request_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendReceive:
+    """Decode rank: nothing more comes from this peer. Keep what landed, refuse the rest, report how far it reaches.
+
+    Another ``OpenReceive`` of the same request goes on from there, or an ``AbandonReceive`` ends it.
+    """
+
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +129,17 @@ class DropSend:
     reason: str
 
 
-Command = AddPeer | RemovePeer | OpenReceive | AbandonReceive | OpenSend | Computed | ReleaseWhenStaged | DropSend
+Command = (
+    AddPeer
+    | RemovePeer
+    | OpenReceive
+    | AbandonReceive
+    | SuspendReceive
+    | OpenSend
+    | Computed
+    | ReleaseWhenStaged
+    | DropSend
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +179,7 @@ class RankReport:
     Attributes:
         received: Requests whose whole range landed on this rank.
         receive_failed: ``(request_id, reason)``: this rank cannot complete; the scheduler abandons on all ranks.
+        receive_suspended: ``(request_id, end)``: suspended; the tokens before ``end`` stand in the cache.
         staged: Transfers whose last token is out of the paged cache.
         sent: Transfers whose last chunk was acknowledged.
         send_failed: ``(transfer_id, reason)``.
@@ -168,6 +190,7 @@ class RankReport:
     rank: int
     received: tuple[str, ...] = ()
     receive_failed: tuple[tuple[str, str], ...] = ()
+    receive_suspended: tuple[tuple[str, int], ...] = ()
     staged: tuple[bytes, ...] = ()
     sent: tuple[bytes, ...] = ()
     send_failed: tuple[tuple[bytes, str], ...] = ()

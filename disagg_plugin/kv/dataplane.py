@@ -18,8 +18,8 @@ Counters of :meth:`DataPlane.report` (monotonic, but for the gauges): ``chunks_*
 ``chunks_resent``; ``discards`` (sent), ``replays``, ``foreign`` (unknown sender or ticket), ``late`` (ticket closed),
 ``early`` (parked), ``bad_slots``, ``unparsable``, ``checksum_failures``; ``stale_answers``; ``credit_waits`` (a step
 found no free slot), ``buffer_waits`` (a chunk found no private buffer); ``send_deadlines``, ``receive_deadlines``,
-``send_failures``, ``receive_failures``, ``abandoned``, ``late_commands``; ``transport_errors``, ``internal_errors``,
-``hook_errors``.
+``send_failures``, ``receive_failures``, ``abandoned``, ``late_commands``; ``transport_errors``,
+``reintroductions`` (of agents that could not be reached), ``internal_errors``, ``hook_errors``.
 Gauges: ``open_sends``, ``open_receives``, ``slots_in_use`` (staging), ``slots_quarantined``,
 ``private_buffers_in_use``, ``unanswered`` (notifications waiting or parked), ``peers``, ``threads``.
 """
@@ -48,6 +48,7 @@ from disagg_plugin.kv.commands import (
     RankReport,
     ReleaseWhenStaged,
     RemovePeer,
+    SuspendReceive,
 )
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.guard import QuantizationGuard
@@ -181,9 +182,16 @@ class DataPlane:
 
     def _assemble_thread(self, transport: Transport, clock: Callable[[], float]) -> PumpLoop:
         memory, emit, counters = self._memory, self._events.append, self._thread_counters
+        lost: set[str] = set()
         stall_timeout_s = self._transfer.stall_timeout_s
         poster = Poster(
-            transport, memory.staging, stall_timeout_s=stall_timeout_s, emit=emit, clock=clock, counters=counters
+            transport,
+            memory.staging,
+            stall_timeout_s=stall_timeout_s,
+            emit=emit,
+            clock=clock,
+            counters=counters,
+            lost=lost,
         )
         intake = Intake(
             transport,
@@ -194,8 +202,9 @@ class DataPlane:
             emit=emit,
             clock=clock,
             counters=counters,
+            lost=lost,
         )
-        self._pump = Pump(transport, poster, intake, emit=emit, counters=counters)
+        self._pump = Pump(transport, poster, intake, emit=emit, counters=counters, lost=lost)
         return PumpLoop(self._pump, linger_s=self._transfer.linger_s)
 
     def _assemble_engine_half(self, clock: Callable[[], float]) -> None:
@@ -268,6 +277,7 @@ class DataPlane:
             rank=self.rank,
             received=_take(received.received),
             receive_failed=_take(received.failed),
+            receive_suspended=_take(received.suspended),
             staged=_take(sent.staged),
             sent=_take(sent.sent),
             send_failed=_take(sent.failed),
@@ -363,6 +373,8 @@ class DataPlane:
                     self._loop.tell(command)
             case AbandonReceive():
                 self._scatter.abandon(command)
+            case SuspendReceive():
+                self._scatter.suspend(command)
             case OpenSend():
                 self._stager.open(command)
             case Computed():

@@ -80,7 +80,13 @@ class Intake:
         emit: Callable[[Landed | ReceiveBroken], None],
         clock: Callable[[], float],
         counters: dict[str, float],
+        lost: set[str],
     ) -> None:
+        """
+        Args:
+            lost: Agents that cannot be reached any more are added here.
+        """
+        self._lost = lost
         self._transport = transport
         self._geometry = geometry
         self._heads = heads
@@ -115,8 +121,12 @@ class Intake:
     def disconnect(self, link: ReceiveLink, reason: str) -> None:
         """Nothing more is taken from this agent; what it still owes us is lost."""
         self._links.pop(link.agent, None)
+        self.break_tickets(link.agent, reason)
+
+    def break_tickets(self, agent: str, reason: str) -> None:
+        """What this agent still owes us will not come, or cannot be answered."""
         for ticket in self._tickets.values():
-            if (inflow := ticket.inflows.get(link.agent)) is not None and inflow.link is link:
+            if agent in ticket.inflows:
                 self._break(ticket, reason)
 
     def open(self, command: OpenReceive) -> None:
@@ -264,9 +274,7 @@ class Intake:
         except (PeerLost, TransportError) as error:
             self._counters["transport_errors"] += 1
             logger.warning("no answer to %s: %s", agent, error)
-            link = self._links.get(agent)
-            if link is not None and isinstance(error, PeerLost):
-                self.disconnect(link, "peer_lost")
+            self._lost.add(agent)
 
     def _park(self, agent: str, notification: Notification) -> None:
         if len(self._parked) >= PARKED_MAX:

@@ -4,6 +4,9 @@
        │                    │                  │                 │                  │
        └────────────────────┴──── fail, abort, deadline, peer_lost ─────────────────┴──────────────▶ ABANDONED
 
+    OFFERED, ACCEPTED, STARTED ──repair──▶ OFFERED          another prefill engine, nothing is held yet
+    READY, STREAMING ──suspend──▶ SUSPENDED ──ready──▶ READY    another one for what has not landed
+
 On the prefill side, the classical flow goes from STARTED to HELD (KV is complete before a decode engine is known; a
 decode engine's offer is its ACCEPT) and goes on with READY. LANDED and ABANDONED absorb every later event: late
 messages are normal, acting on them is not.
@@ -23,6 +26,7 @@ class State(enum.Enum):
     HELD = "held"
     READY = "ready"
     STREAMING = "streaming"
+    SUSPENDED = "suspended"
     LANDED = "landed"
     ABANDONED = "abandoned"
 
@@ -36,6 +40,8 @@ class Event(enum.Enum):
     READY = "ready"
     CHUNK = "chunk"
     COMPLETE = "complete"
+    REPAIR = "repair"
+    SUSPEND = "suspend"
     FAIL = "fail"
     ABORT = "abort"
     DEADLINE = "deadline"
@@ -51,13 +57,24 @@ ENDINGS = dict.fromkeys((Event.FAIL, Event.ABORT, Event.DEADLINE, Event.PEER_LOS
 # START may overtake ACCEPT (it comes from another thread of the peer); READY may precede START when the prefill
 # side announced a start within ``alloc_lead_s``; a transfer of one chunk completes without a separate CHUNK.
 TRANSITIONS: dict[State, dict[Event, State]] = {
-    State.OFFERED: {Event.ACCEPT: State.ACCEPTED, Event.START: State.STARTED, **ENDINGS},
-    State.ACCEPTED: {Event.START: State.STARTED, Event.READY: State.READY, **ENDINGS},
+    State.OFFERED: {
+        Event.ACCEPT: State.ACCEPTED,
+        Event.START: State.STARTED,
+        Event.REPAIR: State.OFFERED,
+        **ENDINGS,
+    },
+    State.ACCEPTED: {
+        Event.START: State.STARTED,
+        Event.READY: State.READY,
+        Event.REPAIR: State.OFFERED,
+        **ENDINGS,
+    },
     State.STARTED: {
         Event.ACCEPT: State.STARTED,
         Event.START: State.STARTED,
         Event.HOLD: State.HELD,
         Event.READY: State.READY,
+        Event.REPAIR: State.OFFERED,
         **ENDINGS,
     },
     State.HELD: {Event.ACCEPT: State.HELD, Event.READY: State.READY, **ENDINGS},
@@ -66,11 +83,21 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.START: State.READY,
         Event.CHUNK: State.STREAMING,
         Event.COMPLETE: State.LANDED,
+        Event.SUSPEND: State.SUSPENDED,
         **ENDINGS,
     },
     State.STREAMING: {
         Event.START: State.STREAMING,
         Event.CHUNK: State.STREAMING,
+        Event.COMPLETE: State.LANDED,
+        Event.SUSPEND: State.SUSPENDED,
+        **ENDINGS,
+    },
+    # everything may have landed just before the sender was given up
+    State.SUSPENDED: {
+        Event.ACCEPT: State.SUSPENDED,
+        Event.START: State.SUSPENDED,
+        Event.READY: State.READY,
         Event.COMPLETE: State.LANDED,
         **ENDINGS,
     },

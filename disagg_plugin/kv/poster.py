@@ -3,7 +3,8 @@
 Every chunk is in one of these places:
 
     posted       written or being written, no answer yet, within its deadline
-    quarantined  the same past its deadline: its transfer is lost, its slot stays taken
+    quarantined  the same past its deadline: its transfer is lost, its slot stays taken; the peer is asked again now
+                 and then, as its answer, or our notification, may have been lost with a connection
     answered     the peer is done with it, our side of the write is not: wait for the handle, then free the slot
 
 No torch here: checksums are computed by xxhash over numpy views, which leaves the GIL to the engine.
@@ -36,6 +37,7 @@ class Posted:
     attempt: int = 0
     answer: Kind | None = None
     quarantined: bool = False
+    ask_again_s: float = 0.0
 
     def is_meant_by(self, answer: Notification) -> bool:
         """Whether an answer for this slot is about this chunk and this attempt."""
@@ -55,7 +57,13 @@ class Poster:
         emit: Callable[[ChunkDone | SendBroken], None],
         clock: Callable[[], float],
         counters: dict[str, float],
+        lost: set[str],
     ) -> None:
+        """
+        Args:
+            lost: Agents that cannot be reached any more are added here.
+        """
+        self._lost = lost
         self._transport = transport
         self._arena = arena
         self._stall_timeout_s = stall_timeout_s
@@ -86,6 +94,14 @@ class Poster:
             posted = self._posted.pop(key)
             if posted.handle is not None:
                 posted.handle.release()
+
+    def forget_posted(self, agent: str) -> None:
+        """The connection to this agent is gone, and with it every write and every answer under way."""
+        for key in [key for key in self._posted if key[0] == agent]:
+            handle = self._posted[key].handle
+            if handle is not None:
+                handle.release()
+            self._finish(key, "peer_lost")
 
     def close(self) -> None:
         for link in list(self._links.values()):
@@ -120,10 +136,21 @@ class Poster:
             changed |= self._advance(key, posted)
             if now > posted.deadline_s and not posted.quarantined and key in self._posted:
                 posted.quarantined = True
+                posted.ask_again_s = now + self._stall_timeout_s
                 self._counters["send_deadlines"] += 1
                 self._emit(SendBroken(posted.chunk.transfer_id, "stalled"))
                 changed = True
+            elif posted.quarantined and posted.handle is None and now > posted.ask_again_s and key in self._posted:
+                posted.ask_again_s = now + self._stall_timeout_s
+                self._ask_again(key[0], posted)
         return changed
+
+    def _ask_again(self, agent: str, posted: Posted) -> None:
+        try:
+            self._transport.notify(agent, posted.chunk.notification(posted.attempt).pack())
+        except (PeerLost, TransportError):
+            self._counters["transport_errors"] += 1
+            self._lost.add(agent)
 
     def _advance(self, key: tuple[str, int], posted: Posted) -> bool:
         if posted.handle is not None:
@@ -134,6 +161,7 @@ class Poster:
             posted.handle = None
             self._account(key[0], posted)
             if state is WriteState.FAILED and posted.answer is None:
+                self._lost.add(key[0])
                 self._finish(key, "transport")
                 return True
         match posted.answer:
@@ -167,6 +195,7 @@ class Poster:
             )
         except (PeerLost, TransportError) as error:
             self._counters["transport_errors"] += 1
+            self._lost.add(link.agent)
             logger.warning("chunk %d of %s: %s", chunk.sequence, chunk.transfer_id.hex(), error)
             self._finish((link.agent, chunk.slot), "peer_lost" if isinstance(error, PeerLost) else "transport")
 

@@ -1,6 +1,10 @@
 """The ``disagg-data`` thread: everything that touches the transport happens here, and nothing else does.
 
-It sleeps on a condition while no transfer is open, and polls every <= 1 ms while one is, and for a while after.
+It sleeps on a condition while no transfer is open, and polls every <= 1 ms while one is, and for a while after. While
+it sleeps it looks up once a second, for peers that still wait for an answer.
+
+An agent that cannot be reached loses everything under way and is introduced anew, from the metadata that we have: a
+connection that was cut may work again, while the transport would remember the broken one for ever.
 """
 
 import logging
@@ -25,7 +29,7 @@ logger = logging.getLogger(__name__)
 COUNTERS = (
     *("nacks", "nacks_received", "chunks_resent", "discards", "replays", "foreign", "late", "early", "bad_slots"),
     *("unparsable", "checksum_failures", "stale_answers", "buffer_waits", "send_deadlines", "receive_deadlines"),
-    *("transport_errors", "internal_errors"),
+    *("transport_errors", "reintroductions", "internal_errors"),
 )
 
 _P = ParamSpec("_P")
@@ -35,6 +39,8 @@ _SPIN_S = 0.0001  # poll without a pause this long after something happened
 _SHORT_WAIT_S = 0.0002  # and this often for as long as _SHORT_WAITS_S
 _SHORT_WAITS_S = 0.01
 _LONG_WAIT_S = 0.001
+_IDLE_WAIT_S = 1.0
+_UNUSED_AGENTS_MAX = 16
 _QUARANTINE_WAIT_S = 0.05  # nothing is open, but a slot is still waiting for its answer
 
 Link = SendLink | ReceiveLink
@@ -74,6 +80,19 @@ ThreadCommand = Connect | Disconnect | CloseTicket | OpenReceive | StagedChunk
 Event = ChunkDone | SendBroken | Landed | ReceiveBroken | LinkLost
 
 
+@dataclass(slots=True)
+class _Agent:
+    """An agent that the transport knows, also when its last link has ended.
+
+    A peer that was only silent for a while comes back as it was; a connection that one side made anew does not match
+    what the other side kept.
+    """
+
+    peer: str
+    metadata: bytes
+    links: int = 0
+
+
 class Pump:
     """What the ``disagg-data`` thread does, one round a call; nothing else touches the transport."""
 
@@ -85,20 +104,30 @@ class Pump:
         *,
         emit: Callable[[Event], None],
         counters: dict[str, float],
+        lost: set[str],
     ) -> None:
+        """
+        Args:
+            lost: Where ``poster`` and ``intake`` leave the names of agents that they cannot reach.
+        """
+        self._lost = lost
         self.inbox: deque[ThreadCommand] = deque()
         self._transport = transport
         self._poster = poster
         self._intake = intake
         self._emit = emit
         self._counters = counters
-        self._agents: dict[str, int] = {}  # links per loaded agent
+        self._agents: dict[str, _Agent] = {}  # loaded ones, in order of their last use
         self._last_error = ""
 
     @property
     def waiting(self) -> bool:
         """Answers are owed, in either direction."""
         return self._poster.waiting > 0 or self._intake.waiting > 0
+
+    @property
+    def connected(self) -> bool:
+        return any(agent.links > 0 for agent in list(self._agents.values()))
 
     @property
     def quarantined(self) -> int:
@@ -120,6 +149,8 @@ class Pump:
             happened = True
         happened |= bool(self._within_boundary(self._poster.pump))
         happened |= bool(self._within_boundary(self._intake.pump))
+        while self._lost:
+            self._within_boundary(self._introduce_again, self._lost.pop())
         return happened
 
     def close(self) -> None:
@@ -165,14 +196,16 @@ class Pump:
         link = command.link
         try:
             if link.agent not in self._agents:
+                self._drop_agents_before(link)
                 self._transport.remove_peer(link.agent)
                 self._transport.add_peer(command.metadata)
+                self._agents[link.agent] = _Agent(link.peer, command.metadata)
         except TransportError as error:
             self._counters["transport_errors"] += 1
             logger.warning("peer %s cannot be used: %s", link.peer, error)
             self._emit(LinkLost(link))
             return
-        self._agents[link.agent] = self._agents.get(link.agent, 0) + 1
+        self._agents[link.agent].links += 1
         if isinstance(link, SendLink):
             self._poster.connect(link)
         else:
@@ -184,11 +217,30 @@ class Pump:
             self._poster.disconnect(link)
         else:
             self._intake.disconnect(link, command.reason)
-        users = self._agents.pop(link.agent, 0) - 1
-        if users > 0:
-            self._agents[link.agent] = users
-        else:
-            self._transport.remove_peer(link.agent)
+        if (agent := self._agents.pop(link.agent, None)) is not None:
+            self._agents[link.agent] = agent
+            agent.links -= 1
+
+    def _drop_agents_before(self, link: Link) -> None:
+        """Unload the peer's earlier lives, and whoever was not used for longest if there are many."""
+        unused = [(name, agent) for name, agent in self._agents.items() if agent.links <= 0]
+        for at, (name, agent) in enumerate(unused):
+            if agent.peer == link.peer or at < len(unused) - _UNUSED_AGENTS_MAX:
+                del self._agents[name]
+                self._transport.remove_peer(name)
+
+    def _introduce_again(self, agent: str) -> None:
+        known = self._agents.get(agent)
+        if known is None:
+            return
+        self._counters["reintroductions"] += 1
+        self._poster.forget_posted(agent)
+        self._intake.break_tickets(agent, "peer_lost")
+        self._transport.remove_peer(agent)
+        try:
+            self._transport.add_peer(known.metadata)
+        except TransportError as error:  # the next write fails as well, and brings us here again
+            logger.warning("peer %s cannot be introduced again: %s", agent, error)
 
 
 class PumpLoop:
@@ -243,7 +295,10 @@ class PumpLoop:
             elif now - last_open_s < self._linger_s:
                 self._wait(_SHORT_WAIT_S if quiet_s < _SHORT_WAITS_S else _LONG_WAIT_S)
             else:
-                self._wait(_QUARANTINE_WAIT_S if self._pump.quarantined else None)
+                self._wait(_QUARANTINE_WAIT_S if self._pump.quarantined else self._idle_wait_s())
+
+    def _idle_wait_s(self) -> float | None:
+        return _IDLE_WAIT_S if self._pump.connected else None
 
     def _wait(self, timeout_s: float | None) -> None:
         with self._wake:

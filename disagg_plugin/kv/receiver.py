@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 
 from disagg_plugin.kv.codec import KVCodec, SectionCodec
-from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming
+from disagg_plugin.kv.commands import AbandonReceive, OpenReceive, ReceiveTiming, SuspendReceive
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.ring import Region, SlotArena, SlotPool
 from disagg_plugin.kv.wire import ChunkHeader, codec_names
@@ -141,6 +141,8 @@ class ReceiveState:
     last_chunk_s: float = 0.0
     failed: bool = False  # reported; chunks that landed are still scattered, but only ``abandon`` completes it
     unusable: bool = False  # a chunk could not be scattered: drop the others
+    suspended: bool = False  # between two senders
+    raw_bytes: int = 0
 
     @property
     def prefix_end(self) -> int:
@@ -153,6 +155,7 @@ class ReceiveOutcomes:
 
     received: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    suspended: list[tuple[str, int]] = field(default_factory=list)
     timings: list[ReceiveTiming] = field(default_factory=list)
     completed: list[str] = field(default_factory=list)  # received and abandoned ones
     invalid_block_ids: set[int] = field(default_factory=set)
@@ -196,11 +199,14 @@ class Scatter:
 
     def open(self, command: OpenReceive) -> bool:
         """False if there is nothing to wait for: the range is empty, or the request is open already."""
-        if command.request_id in self._receives:
+        state = self._receives.get(command.request_id)
+        if state is None:
+            state = self._receives[command.request_id] = ReceiveState(command, LandedHeads(self._sink.heads))
+        elif not state.suspended:
             self._counters["late_commands"] += 1
             return False
-        state = ReceiveState(command, LandedHeads(self._sink.heads))
-        self._receives[command.request_id] = state
+        elif not self._resume(state, command):
+            return False
         if self._by_nonce.setdefault(command.nonce, state) is not state:
             self._fail(state, "nonce_in_use")
             return False
@@ -218,6 +224,24 @@ class Scatter:
         self._counters["abandoned"] += 1
         self.outcomes.invalid_block_ids.update(invalid_blocks(state.command, state.prefix_end, self._sink.block_size))
         self._end(state)
+
+    def suspend(self, command: SuspendReceive) -> None:
+        """Take no more from this sender; what has been scattered counts, what is still queued does not."""
+        state = self._receives.get(command.request_id)
+        if state is None or state.suspended:
+            self._counters["late_commands"] += 1
+            return
+        self._detach(state)
+        state.suspended, state.failed, state.unusable = True, False, False
+        self.outcomes.suspended.append((command.request_id, state.prefix_end))
+
+    def _resume(self, state: ReceiveState, command: OpenReceive) -> bool:
+        """Go on with another sender; False if that would leave a hole."""
+        if not state.command.first_token <= command.first_token <= state.prefix_end:
+            self._fail(state, "hole_in_range")
+            return False
+        state.command, state.landed, state.suspended = command, LandedHeads(self._sink.heads), False
+        return True
 
     def landed(self, chunk: Landed) -> None:
         self._queue.append(chunk)
@@ -314,10 +338,9 @@ class Scatter:
         add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
         self._counters["chunks_received"] += 1
         self._counters["wire_bytes_received"] += chunk.nbytes
-        self._counters["raw_bytes_received"] += header.tokens * self._sink.geometry.raw_token_bytes(header.heads.count)
-
-    def _raw_bytes(self, tokens: int) -> int:
-        return tokens * self._sink.geometry.raw_token_bytes(self._sink.heads.count)
+        raw_bytes = header.tokens * self._sink.geometry.raw_token_bytes(header.heads.count)
+        state.raw_bytes += raw_bytes
+        self._counters["raw_bytes_received"] += raw_bytes
 
     def _complete(self, state: ReceiveState) -> None:
         command = state.command
@@ -329,7 +352,7 @@ class Scatter:
                 last_chunk_s=state.last_chunk_s,
                 chunks=state.chunks,
                 wire_bytes=state.wire_bytes,
-                raw_bytes=self._raw_bytes(max(0, command.end_token - command.first_token)),
+                raw_bytes=state.raw_bytes,
                 codecs=codec_names(sorted(state.codecs)),
             )
         )
@@ -344,10 +367,13 @@ class Scatter:
     def _end(self, state: ReceiveState) -> None:
         """The one place where a request is completed; what is still queued for it is dropped by ``scatter``."""
         del self._receives[state.command.request_id]
+        self._detach(state)
+        self.outcomes.completed.append(state.command.request_id)
+
+    def _detach(self, state: ReceiveState) -> None:
         if self._by_nonce.get(state.command.nonce) is state:
             del self._by_nonce[state.command.nonce]
             self._close_ticket(state.command.nonce)
-        self.outcomes.completed.append(state.command.request_id)
 
 
 def invalid_blocks(command: OpenReceive, prefix_end: int, block_size: int) -> set[int]:

@@ -13,101 +13,15 @@ from collections import deque
 from typing import Any
 
 import torch
+from faults.faulty_transport import FaultyTransport
 
 from disagg_plugin.config import TransferSettings
 from disagg_plugin.kv import commands as kv_commands
 from disagg_plugin.kv.commands import RankEndpoint
 from disagg_plugin.kv.dataplane import DataPlane, agent_name
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
-from disagg_plugin.kv.ring import SlotArena
-from disagg_plugin.kv.transport import NixlTransport, Transport, WriteHandle
-from disagg_plugin.kv.wire import Kind, Notification, parse_notification
+from disagg_plugin.kv.transport import NixlTransport
 from disagg_plugin.testing import DenseView, canonical_noise
-
-
-class FaultyTransport:
-    """The real transport, and what goes wrong on the way; ``next_faults`` names one fault per chunk to come, when it is
-    first sent; ``all_corrupt`` damages every write.
-
-    corrupt       one byte of the payload is flipped
-    truncate      the second half of the chunk never arrives
-    short         the notification announces half of the chunk
-    stale         right behind the chunk, an older write lands in the same slot
-    replay        its notification arrives twice
-    other_slot    its notification names a slot outside the region
-    """
-
-    def __init__(self, inner: Transport, slot_bytes: int) -> None:
-        self._inner = inner
-        self._scratch = SlotArena(slots=2, slot_bytes=slot_bytes)
-        self._first_write = b""
-        self._extra: list[WriteHandle] = []
-        self.next_faults: deque[str] = deque()
-        self.all_corrupt = False
-        self.to_send: deque[tuple[str, bytes]] = deque()
-        inner.register(self._scratch.buffer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def poll(self) -> list[tuple[str, bytes]]:
-        self._extra = [handle for handle in self._extra if handle.state().value == "pending"]
-        while self.to_send:
-            self._inner.notify(*self.to_send.popleft())
-        return self._inner.poll()
-
-    def write(
-        self, peer: str, *, local_address: int, remote_address: int, nbytes: int, notification: bytes
-    ) -> WriteHandle:
-        chunk = _memory(local_address, nbytes)
-        self._first_write = self._first_write or chunk
-        sent, written = parse_notification(notification), nbytes
-        fault = self.next_faults.popleft() if self.next_faults and sent.attempt == 0 else ""
-        if fault == "corrupt" or self.all_corrupt:
-            local_address = self._scratched(0, bytes([*chunk[:-5], chunk[-5] ^ 1, *chunk[-4:]]))
-        elif fault == "truncate":
-            written = nbytes // 2
-        elif fault == "short":
-            notification = dataclasses.replace(sent, nbytes=nbytes // 2).pack()
-        elif fault == "other_slot":
-            self.to_send.append((peer, dataclasses.replace(sent, slot=4000).pack()))
-        elif fault == "replay":
-            self.to_send.append((peer, notification))
-        handle = self._inner.write(
-            peer,
-            local_address=local_address,
-            remote_address=remote_address,
-            nbytes=written,
-            notification=notification,
-        )
-        if fault == "stale":
-            self._overwrite(peer, remote_address)
-        return handle
-
-    def _overwrite(self, peer: str, remote_address: int) -> None:
-        """What NIXL does with a write that its poster released: it lands, later, and says nothing."""
-        stale = self._first_write
-        address = self._scratched(1, stale)
-        unheard = Notification(Kind.ACK, 4000, 0, 0, 0, 0).pack()  # NIXL wants one; no slot 4000 is ever posted
-        self._extra.append(
-            self._inner.write(
-                peer,
-                local_address=address,
-                remote_address=remote_address,
-                nbytes=len(stale),
-                notification=unheard,
-            )
-        )
-
-    def _scratched(self, slot: int, payload: bytes) -> int:
-        self._scratch.tensor(slot)[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        return self._scratch.slot_address(slot)
-
-
-def _memory(address: int, nbytes: int) -> bytes:
-    import ctypes
-
-    return ctypes.string_at(address, nbytes)
 
 
 class Worker:

@@ -47,7 +47,7 @@ class Child:
             "block_size": 16 if engine == "p" else 8,
         }
         self._stderr = log.open("ab")
-        paths = [str(ROOT), str(ROOT / "policies")]
+        paths = [str(ROOT), str(ROOT / "policies"), str(ROOT / "tests")]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("child.py")), json.dumps(spec)],
             stdin=subprocess.PIPE,

@@ -68,7 +68,7 @@ class FakePort:
 class Bench:
     """One decode side with a hand-driven clock."""
 
-    def __init__(self, capacity_tokens: int = 10_000, **settings: Any) -> None:
+    def __init__(self, capacity_tokens: int = 10_000, ranks: int = 1, **settings: Any) -> None:
         self.now = 100.0
         alone = {"shared_prefix_wait_s": 0.0}  # the prompts here are mostly one and the same
         settings["transfer"] = {**alone, **settings.get("transfer", {})}
@@ -80,6 +80,7 @@ class Bench:
             self.port,
             engine="d:1",
             kv_capacity_tokens=capacity_tokens,
+            ranks=ranks,
             load=self.load,
             clock=lambda: self.now,
             journal=self.journal,

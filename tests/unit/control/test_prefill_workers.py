@@ -39,7 +39,9 @@ from disagg_policies.snapshots import PrefillModel, WorkerState
 GEOMETRY = KVGeometry(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16")
 MODEL = ModelIdentity("config", "weights", "tiny")
 HELLO = Hello(PROTOCOL_VERSION, (), "d:1", 5, MODEL, GEOMETRY, (RankEndpoint(0, "agent", b"", 0, 1 << 20, 24),), 0, 8)
-WELCOME = Welcome(PROTOCOL_VERSION, (), "p", 1, MODEL, GEOMETRY, (), max_prompt_tokens=8_000, prefill_queue_max=8)
+WELCOME = Welcome(
+    PROTOCOL_VERSION, (), "p", 1, MODEL, GEOMETRY, HELLO.endpoints, max_prompt_tokens=8_000, prefill_queue_max=8
+)
 REPORT = LoadReport(1, 2, 3_000, 4, 0.5, 8_000.0, PrefillSpeed(0.01, 1e-4, 1e-9, 20, 0.1))
 A, B = "10.0.0.1:5600", "10.0.0.2:5600"
 

@@ -16,6 +16,7 @@ from disagg_plugin.kv.commands import (
     OpenSend,
     ReleaseWhenStaged,
     RemovePeer,
+    SuspendReceive,
 )
 from disagg_plugin.kv.dataplane import Completions, DataPlane, agent_name
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
@@ -295,6 +296,69 @@ def test_abandoning_what_was_never_opened_is_only_counted(rig):
     rig.run(2)
     assert rig.completed == []
     assert rig.d.counters()["late_commands"] == 1
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_a_suspended_request_goes_on_with_another_transfer_and_completes_once(manual, extra):
+    """``extra``: this rank got further than the slowest one, whose end counts for all."""
+    manual.begin()
+    manual.run(2)
+    for write in list(manual.network.pending)[:2]:
+        manual.network.deliver(write)
+    late = list(manual.network.pending)
+    manual.run()
+    manual.d.apply([SuspendReceive("r")])
+    (end,) = [end for report in [manual.d.report()] for _, end in report.receive_suspended]
+    assert 0 < end < TOKENS
+    assert manual.error(0, end) == 0.0
+    for write in late:
+        manual.network.deliver(write)  # of the first sender: refused
+    while manual.network.pending:
+        manual.network.deliver(manual.network.pending[0])
+        manual.run(2)
+    manual.run()
+    again = replace_ids(OpenReceive("r", ID, NONCE, "p", end - extra, TOKENS, D_BLOCKS))
+    manual.d.apply([again])
+    manual.p.apply([OpenSend(again.transfer_id, again.nonce, "d", end - extra, TOKENS, "raw")])
+    manual.p.apply([Computed(again.transfer_id, TOKENS, P_BLOCKS)])
+    for _ in range(20):
+        manual.run(2)
+        for write in list(manual.network.pending):
+            manual.network.deliver(write)
+    assert manual.completed == ["r"]
+    assert not manual.invalid
+    assert manual.error() == 0.0
+    manual.assert_idle()
+
+
+def test_a_sender_that_would_leave_a_hole_is_refused(manual):
+    manual.begin()
+    manual.run(2)
+    manual.network.deliver(manual.network.pending[0])
+    manual.run()
+    manual.d.apply([SuspendReceive("r")])
+    ((_, end),) = manual.d.report().receive_suspended
+    manual.d.apply([replace_ids(OpenReceive("r", ID, NONCE, "p", end + 1, TOKENS, D_BLOCKS))])
+    assert manual.d.report().receive_failed == (("r", "hole_in_range"),)
+    manual.d.apply([AbandonReceive("r", "test")])
+    manual.step("d")
+    assert manual.completed == ["r"]
+    assert min(manual.invalid) == D_BLOCKS[end // 8]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_suspending_twice_or_what_is_not_open_is_only_counted(rig, opened):
+    if opened:
+        rig.open_receive()
+        rig.d.apply([SuspendReceive("r")])
+    rig.d.apply([SuspendReceive("r")])
+    report = rig.d.report()
+    assert report.counters["late_commands"] == 1
+    assert len(report.receive_suspended) == opened
+
+
+def replace_ids(command: OpenReceive) -> OpenReceive:
+    return replace(command, transfer_id=b"transfer-0000002", nonce=0xBEEF)
 
 
 def test_a_chunk_may_come_before_its_ticket(rig):

@@ -39,4 +39,4 @@ def test_what_is_over_stays_over(state: State, event: Event) -> None:
 
 def test_only_what_is_ready_can_land() -> None:
     can_land = {s for s, row in TRANSITIONS.items() if row.get(Event.COMPLETE) is State.LANDED and s not in OVER}
-    assert can_land == {State.READY, State.STREAMING}
+    assert can_land == {State.READY, State.STREAMING, State.SUSPENDED}
