@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=25
 
 .DEFAULT_GOAL := check
-.PHONY: venv venv-sglang test-all test-vllm test-sglang test-cross-engine models prometheus lint fix test test-unit check demo bench clean
+.PHONY: venv venv-sglang test-vllm test-sglang test-cross-engine models prometheus lint fix test test-unit check demo bench clean
 
 check: lint test
 
@@ -58,11 +58,10 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: test-vllm
+# two engine families, two environments, one after the other; only the last run starts engines of both
+test: test-vllm test-sglang test-cross-engine
 
-# two engine families, two environments, one after the other; the last run starts engines of both
-test-all: test-vllm test-sglang test-cross-engine
-
+# everything that needs no SGLang
 test-vllm: models prometheus
 	$(PYTEST) $(PYTEST_ARGS)
 

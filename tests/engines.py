@@ -130,14 +130,14 @@ def sglang_command(
 
 def sglang_env() -> dict[str, str]:
     """Its environment: offline, no CUDA, and stand-ins for what only images and CUDA need."""
-    standins = Path(__file__).with_name("sglang_standins")
+    standins = str(Path(__file__).with_name("sglang_standins"))
     return {
         "SGLANG_USE_CPU_ENGINE": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "UCX_TLS": "tcp,self,sm,cma",
-        "PYTHONPATH": str(standins),
+        "PYTHONPATH": os.pathsep.join(filter(None, [standins, os.environ.get("PYTHONPATH")])),
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "inductor"),
     }
 

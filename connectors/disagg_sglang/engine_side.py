@@ -25,6 +25,7 @@ from disagg_plugin.control.prompt_export import PromptExport
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
+from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.report_channel import ReportSender
@@ -227,7 +228,11 @@ class EngineSide:
     def give_up(self) -> None:
         """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
         self.broken = True
-        self.close()
+        self._say_inactive()
+        try:
+            self._close_threads()
+        except Exception:  # whatever went wrong may have left them in disorder; the requests come first
+            logger.exception("disagg: threads could not be ended")
         if self.export is not None:
             self.export.broken = True
         if self.fill is not None:
@@ -240,11 +245,20 @@ class EngineSide:
 
     def close(self) -> None:
         """End our threads; idempotent."""
+        self._close_threads()
+        self._reports.close()
+
+    def _close_threads(self) -> None:
         if self._decode is not None:
             self._decode.close()
         self._service.close()
         self._plane.close()
-        self._reports.close()
+
+    def _say_inactive(self) -> None:
+        deltas = Deltas()
+        deltas.set("disagg_active", to=0)
+        deltas.set("disagg_inactive", "internal_error", to=1)
+        self._reports.send(deltas)
 
     def _publish_held_back(self) -> None:
         """SGLang publishes its load after forwards only; whoever reads it should see what waits for KV too."""
@@ -272,7 +286,7 @@ class EngineSide:
     def _figures(self) -> dict[str, object]:
         """What of the debug snapshot metrics are made from."""
         view: dict[str, object] = {
-            "inactive_reason": "internal_error" if self.broken else "",
+            "inactive_reason": "",
             **self._service.figures(),
         }
         if self._decode is not None:
@@ -296,7 +310,7 @@ class EngineSide:
     def _snapshot(self) -> dict[str, object]:
         page = int(self._scheduler.page_size)
         view: dict[str, object] = {
-            "inactive_reason": "internal_error" if self.broken else "",
+            "inactive_reason": "",
             "kv": {
                 "free_blocks": self._free_tokens() // page,
                 "total_blocks": int(self._scheduler.max_total_num_tokens) // page,

@@ -63,6 +63,7 @@ IN_API_SERVER = (
         "http_server_starts",
     ),
     Hook(f"{_TOKENIZER}._send_one_request", "around", ("self", "tokenized_obj"), "prompt_sent"),
+    Hook(f"{_TOKENIZER}._send_batch_request", "around", ("self", "tokenized_objs"), "prompts_sent"),
     Hook(f"{_TOKENIZER}.collect_metrics", "after", ("self", "state", "recv_obj", "i"), "request_measured"),
 )
 IN_SCHEDULER = (
@@ -183,6 +184,13 @@ def prompt_sent(original: Callable[..., Any], manager: Any, tokenized_obj: Any) 
     if _api is not None:
         _api.sends(tokenized_obj)
     return original(manager, tokenized_obj)
+
+
+def prompts_sent(original: Callable[..., Any], manager: Any, tokenized_objs: Any) -> Any:
+    if _api is not None:
+        for tokenized_obj in tokenized_objs:
+            _api.sends(tokenized_obj)
+    return original(manager, tokenized_objs)
 
 
 def request_measured(_result: None, _manager: Any, state: Any, recv_obj: Any, i: int) -> None:

@@ -119,7 +119,7 @@ def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:
         ("--speculative-algorithm", args.speculative_algorithm is not None),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache),
         ("--enable-hisparse", args.enable_hisparse),
-        ("--enable-lmcache: SGLang itself refuses it with --disaggregation-mode", args.enable_lmcache),
+        ("--enable-lmcache on a prefill server: SGLang refuses it there", role == "prefill" and args.enable_lmcache),
         ("--enable-pd-role-switch", args.enable_pd_role_switch),
         ("--disaggregation-enable-kv-checksum: chunks carry their own", args.disaggregation_enable_kv_checksum),
         ("--optimistic-prefill-attempts", args.optimistic_prefill_attempts > 0),

@@ -53,6 +53,7 @@ from disagg_plugin.control.sockets import (
 )
 from disagg_plugin.errors import ConfigError, DisaggError
 
+BOUND_IDENTITIES = 4096
 CONNECT_S = 3.0
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 2.0
@@ -96,7 +97,10 @@ def check_exposure(host: str, keys: KeyRing | None, insecure: bool) -> None:
 
 
 class SideChannelServer:
-    """Accepts clients, each known by the identity it chose.
+    """Accepts clients, each known by the identity it chose and bound to the key that it came with.
+
+    libzmq lets a newer connection take over an identity, which a client needs that reconnects. So clients choose
+    identities that nobody can guess, and what comes under a known identity with another key is dropped.
 
     Args:
         port: TCP port; 0 lets the operating system choose.
@@ -114,7 +118,7 @@ class SideChannelServer:
         on_message: Callable[[bytes, AnyMessage], None],
         context: "zmq.Context[Any] | None" = None,
     ) -> None:
-        self.counters = dict.fromkeys((*_COUNTERS, "rejected_auth", "handshake_failed"), 0)
+        self.counters = dict.fromkeys((*_COUNTERS, "rejected_auth", "handshake_failed", "impostors"), 0)
         self._host, self._port, self._keys = host, port, keys
         self._on_message = Guarded(on_message, self.counters)
         self._owns_context = context is None
@@ -124,6 +128,7 @@ class SideChannelServer:
         self._router: Reader | None = None
         self._zap: Reader | None = None
         self._addresses: dict[int, str] = {}  # descriptor -> peer, of open connections
+        self._keys_of: dict[bytes, str] = {}  # identity -> the client's public key; in order of their last message
         self._failure: str | None = None  # of the connection whose DISCONNECTED comes next
         self._may_log = RateLimit(LOG_AGAIN_S)
 
@@ -139,7 +144,7 @@ class SideChannelServer:
                 self._readers.append(self._zap)
                 self._zap.socket.bind("inproc://zeromq.zap.01")  # before the router: no connection goes unasked
             router = new_socket(self._context, zmq.ROUTER)
-            self._router = Reader(router, self._on_frames)
+            self._router = Reader(router, self._on_frames, whole=True)
             self._readers.insert(0, self._router)  # closed before the ZAP handler
             set_transport_options(router)
             router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -172,6 +177,10 @@ class SideChannelServer:
         payload = encode(message, self.counters)
         return hand_over(self._router, [identity, payload], self.counters)
 
+    def key_of(self, identity: bytes) -> str:
+        """The public key that proved this client (Z85); empty without keys, or if it was never heard."""
+        return self._keys_of.get(identity, "")
+
     async def close(self) -> None:
         """Release the port and every socket; idempotent."""
         self._router = None
@@ -180,13 +189,28 @@ class SideChannelServer:
         if self._owns_context:
             self._context.destroy(linger=0)
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _on_frames(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
             self.counters["malformed"] += 1
             return
-        message = decode(frames[1], self.counters)
+        identity = frames[0].bytes
+        if not self._is_itself(identity, frames[1]):
+            self.counters["impostors"] += 1
+            return
+        message = decode(frames[1].bytes, self.counters)
         if message is not None:
-            self._on_message(frames[0], message)
+            self._on_message(identity, message)
+
+    def _is_itself(self, identity: bytes, frame: zmq.Frame) -> bool:
+        """Whether this message came with the key that the identity came with first."""
+        if self._keys is None:
+            return True
+        key = str(frame.get("User-Id"))
+        bound = self._keys_of.pop(identity, key)
+        self._keys_of[identity] = bound
+        if len(self._keys_of) > BOUND_IDENTITIES:
+            del self._keys_of[next(iter(self._keys_of))]
+        return bound == key
 
     def _on_zap(self, frames: list[bytes]) -> None:
         """Answer libzmq's question (RFC 27): version, request, domain, address, identity, mechanism, credentials."""

@@ -265,7 +265,8 @@ class DecodeSide:
     def _decide(self, prompt: PromptView, cached_tokens: int, lmcache_tokens: int, free_tokens: int) -> Answer:
         held_tokens = max(cached_tokens, lmcache_tokens)
         stays = prompt.local_only
-        if stays is None and prompt.route is None and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
+        needs_an_offer = prompt.route is not None and not prompt.route.held  # or its worker would go on waiting for one
+        if stays is None and not needs_an_offer and held_tokens and held_tokens >= len(prompt.token_ids) - 1:
             stays = "prefix_held"  # whatever a policy would say: there is nothing to ask anybody for
         if stays is not None:
             self.decisions[stays] += 1
@@ -537,6 +538,8 @@ class DecodeSide:
 
     def _progress(self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed) -> None:
         now = self._clock()
+        if not isinstance(event, PrefillAccepted) and transfer.peer and event.peer not in ("", transfer.peer):
+            return  # somebody who has, or had, nothing to do with it
         match event:
             case PrefillAccepted(_, peer, eta_s):
                 transfer.peer, transfer.eta_s, transfer.accepted_s = peer, eta_s, now
@@ -546,7 +549,7 @@ class DecodeSide:
             case PrefillStarted():
                 transfer.started_s = transfer.started_s or now
                 transfer.state = advance(transfer.state, Event.START)
-            case PrefillFailed(_, reason):
+            case PrefillFailed(reason=reason):
                 self._fail(transfer, Event.FAIL, reason)
         if transfer.state is State.SUSPENDED and transfer.started_s:
             self._resume(transfer)

@@ -35,17 +35,19 @@ class PrefillAccepted:
 
 @dataclass(frozen=True, slots=True)
 class PrefillStarted:
-    """Decode: the first chunk is being computed."""
+    """Decode: the first chunk is being computed, says ``peer``."""
 
     transfer_id: bytes
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillFailed:
-    """Decode: nobody will deliver this transfer; ``reason`` is a word for counters."""
+    """Decode: nobody will deliver this transfer, or ``peer`` will not; ``reason`` is a word for counters."""
 
     transfer_id: bytes
     reason: str
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

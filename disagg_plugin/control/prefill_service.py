@@ -54,6 +54,8 @@ from disagg_plugin.serving.prefix_index import MAX_CHUNKS
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED_OFFERS = 8192
+
 Send = Callable[[bytes, AnyMessage], bool]
 
 
@@ -73,6 +75,7 @@ class _Peer:
     engine: str
     epoch: int
     identity: bytes
+    key: str  # that proved it; empty without keys
     heard_s: float
     digest: DigestSender = field(default_factory=DigestSender)
 
@@ -94,6 +97,7 @@ class PrefillService:
     a report. Prompts are hashed in the I/O thread.
 
     Args:
+        key_of: The key that proved the client of this identity.
         later: Runs a call in the I/O thread after so many seconds.
         kv_capacity_tokens: Of the engine's KV cache: what the digest may claim to hold; 0: it keeps no prefixes.
     """
@@ -107,6 +111,7 @@ class PrefillService:
         send: Send,
         post: Callable[..., None],
         later: Later,
+        key_of: Callable[[bytes], str] = lambda _identity: "",
         clock: Callable[[], float] = time.monotonic,
         kv_capacity_tokens: int = 0,
     ) -> None:
@@ -119,6 +124,8 @@ class PrefillService:
         self._pauses = OwnPauses(settings.side_channel.heartbeat_s)
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
+        self._key_of = key_of
+        self._offered_by: dict[bytes, str] = {}  # transfer id -> engine, in order
         self._awaited: dict[bytes, _Awaited] = {}
         self._holds: dict[bytes, Held] = {}  # what a router will send somebody for
         self._adapters = AdapterDigests()
@@ -200,12 +207,13 @@ class PrefillService:
                 self._hello(identity, message)
             case Offer():
                 self._offer(identity, peer, message)
-            case Ready(transfer_id, first_token, end_token) if peer is not None:
+            case Ready(transfer_id, first_token, end_token) if self._is_its(transfer_id, peer):
                 self._events.append(TicketReady(transfer_id, first_token, end_token))
             case Renew(transfer_ids) if peer is not None:
-                self._events.extend(map(TicketRenewed, transfer_ids))
-            case Cancel(transfer_id, reason) if peer is not None:
+                self._events.extend([TicketRenewed(one) for one in transfer_ids if self._is_its(one, peer)])
+            case Cancel(transfer_id, reason) if self._is_its(transfer_id, peer):
                 self._awaited.pop(transfer_id, None)
+                self._offered_by.pop(transfer_id, None)
                 self._events.append(TicketCancelled(transfer_id, reason))
             case Heartbeat(epoch):
                 # a peer that we dropped meanwhile, or never met in this epoch of ours, must say Hello again
@@ -217,6 +225,12 @@ class PrefillService:
                 self._pacer.soon()
             case _:
                 self.counters["unexpected_messages"] += 1
+
+    def _is_its(self, transfer_id: bytes, peer: _Peer | None) -> bool:
+        """Whether this engine has a say in the transfer: it offered it, or nobody has and it is held for a router."""
+        if peer is None:
+            return False
+        return self._offered_by.get(transfer_id) == peer.engine or transfer_id in self._holds
 
     def sweep(self) -> None:
         """Forget silent peers and prompts that never came; called every heartbeat interval."""
@@ -257,9 +271,17 @@ class PrefillService:
             self._send(identity, Rejected(mismatch.reason, mismatch.ours, mismatch.theirs))
             return
         known = self._peers.get(hello.engine)
+        key = self._key_of(identity)
+        if known is not None and known.key != key:
+            self.counters["engine_in_use"] += 1
+            logger.warning("disagg: somebody with another key calls itself %s: not believed", hello.engine)
+            self._send(identity, Rejected("engine_in_use", known.key, key))
+            return
         if known is not None and known.epoch != hello.epoch:
             self._leave(known, "peer_restarted")
-        peer = _Peer(hello.engine, hello.epoch, identity, self._clock())
+        elif known is not None:
+            self._by_identity.pop(known.identity, None)
+        peer = _Peer(hello.engine, hello.epoch, identity, key, self._clock())
         self._peers[hello.engine] = peer
         self._by_identity[identity] = peer
         self._events.append(
@@ -284,6 +306,9 @@ class PrefillService:
             self.counters[f"refused_{reason}"] += 1
             self._send(identity, Refused(offer.transfer_id, reason))
             return
+        self._offered_by[offer.transfer_id] = peer.engine
+        if len(self._offered_by) > REMEMBERED_OFFERS:
+            del self._offered_by[next(iter(self._offered_by))]
         # the ticket must stand before the prompt can arrive over HTTP
         self._events.append(
             TicketOffered(
@@ -314,6 +339,8 @@ class PrefillService:
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
             return "unknown_peer"
+        if offer.transfer_id in self._offered_by:
+            return "offered_before"
         if offer.held:
             if (held := self._holds.get(offer.transfer_id)) is None:
                 return "hold_expired"

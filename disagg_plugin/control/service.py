@@ -210,6 +210,7 @@ class ControlService:
             send=self._send,
             post=self._io.post,
             later=self._io.later,
+            key_of=lambda identity: self._server.key_of(identity) if self._server is not None else "",
             kv_capacity_tokens=facts.prefix_capacity_tokens,
         )
 

@@ -30,15 +30,18 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 
 
 class Reader:
-    """Calls ``handle(frames)`` for each message of a socket, from the loop.
+    """Calls ``handle(frames)`` for each message of a socket, from the loop: bytes, or ``zmq.Frame`` if ``whole``.
 
     The descriptor is edge-triggered: it tells that *something* happened once, and any call on the socket may consume
     that. Hence: drain until empty, and look again after each send.
     """
 
-    def __init__(self, zmq_socket: "zmq.Socket[bytes]", handle: Callable[[list[bytes]], None]) -> None:
+    def __init__(
+        self, zmq_socket: "zmq.Socket[bytes]", handle: Callable[[list[Any]], None], *, whole: bool = False
+    ) -> None:
         self.socket = zmq_socket
         self._handle = handle
+        self._copy = not whole
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(zmq_socket.getsockopt(zmq.FD))
         self._scheduled = False
@@ -63,7 +66,7 @@ class Reader:
             if self.socket.closed:
                 return
             try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT)
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=self._copy)
             except zmq.Again:
                 return
             self._handle(frames)

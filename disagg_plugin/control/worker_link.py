@@ -17,6 +17,7 @@ leaving         its name's look-up does not list it any more; what is under way 
 import asyncio
 import logging
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ class WorkerLink:
         self.client = make_client(
             host=self.address.host,
             port=self.address.port,
-            identity=f"{self.hello.engine}#{self.hello.epoch}".encode(),
+            identity=f"{self.hello.engine}#{self.hello.epoch}#{secrets.token_hex(8)}".encode()[-255:],
             on_message=self.on_message,
             on_state=self.on_state,
         )
@@ -233,9 +234,9 @@ class WorkerLink:
                 if answer is not None and not answer.done():
                     answer.set_result(message)
             case Started(transfer_id):
-                self.around.emit(PrefillStarted(transfer_id))
+                self.around.emit(PrefillStarted(transfer_id, self.name))
             case Cancel(transfer_id, reason):
-                self.around.emit(PrefillFailed(transfer_id, reason))
+                self.around.emit(PrefillFailed(transfer_id, reason, self.name))
             case LoadReport():
                 self._reported(message)
             case Sent(_, wire_bytes, wire_s) if wire_bytes > 0 and 0 < wire_s < math.inf:
@@ -295,6 +296,9 @@ class WorkerLink:
         if reason == "unknown_peer":  # it restarted, or had given us up: introduce ourselves again
             self.lose(Health.CONNECTING, "peer_restarted")
             self.send(self.hello)
+            return
+        if reason == "engine_in_use":  # by whoever has another key; it may be our own former self: heartbeats ask again
+            self.lose(Health.SILENT, reason)
             return
         if self.reason != reason:
             logger.warning(

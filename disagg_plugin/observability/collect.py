@@ -48,6 +48,7 @@ RANK_COUNTERS: Mapping[str, tuple[str, ...]] = {
 # what the side channel's server counts → metric and labels
 CHANNEL_COUNTERS: Mapping[str, tuple[str, ...]] = {
     "rejected_auth": ("disagg_side_channel_rejects_total", "authentication"),
+    "impostors": ("disagg_side_channel_rejects_total", "impostor"),
     "handshake_failed": ("disagg_side_channel_rejects_total", "handshake"),
     "malformed": ("disagg_side_channel_rejects_total", "malformed"),
     "oversized": ("disagg_side_channel_rejects_total", "oversized"),

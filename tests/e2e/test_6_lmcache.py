@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from e2e.client import Engine, at_once, same_tokens
-from e2e.conftest import TINY_TOKEN_BYTES, Plan, settings, settle
+from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_quiet, settings, settle
 from e2e.offloads import prompt_of
 from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
 from e2e.processes import slowed
@@ -23,6 +23,7 @@ from e2e.running import end_running_fleet
 from engines import EngineFailed, free_port
 from lmcache_servers import CHUNK, GO, STOP, LMCacheServer, holds_nothing_locked, is_written
 from models import smollm2, tiny
+from sequential_proxy import SequentialProxy
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -150,6 +151,25 @@ def test_a_prompt_that_lmcache_has_whole_asks_nobody(shared: Reuse) -> None:
     assert counted("store_hit_tokens", "offered", "source_host") == (639, 0, 639)
     assert same_tokens(got, shared.local(prompt))
     assert shared.decode.snapshot()["decode"]["decisions"]["prefix_held"] >= 1
+
+
+@pytest.mark.parametrize("tokens", [5 * CHUNK, 800])
+def test_of_what_a_router_had_prefilled_only_what_lmcache_has_not_is_fetched(shared: Reuse, tokens: int) -> None:
+    prompt = prompt_of(tokens, seed=13)
+    salt = f"routed-{tokens}"
+    shared.decode.complete(prompt[: 5 * CHUNK], cache_salt=salt)
+    shared.forget()
+    before = shared.prefill.when(is_quiet)["prefill"]["drops"].get("prefix_held", 0)
+    counted = shared.count()
+    with SequentialProxy(shared.prefill.url, shared.decode.url) as router:
+        got = Engine(router.url, shared.decode.model).complete(prompt, cache_salt=salt)
+    whole = tokens == 5 * CHUNK
+    assert counted("store_hit_tokens", "wire_tokens") == ((319, 0) if whole else (320, 479))
+    assert counted("offered") == (0 if whole else 1,)
+    drops = shared.prefill.when(is_quiet)["prefill"]["drops"]
+    assert "hold_expired" not in drops
+    assert drops.get("prefix_held", 0) - before == whole, "P lets go of it at once, long before its lease ends"
+    assert same_tokens(got, shared.local(prompt))
 
 
 @pytest.mark.parametrize("state", ["found", "loading"])

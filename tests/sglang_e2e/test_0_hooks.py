@@ -26,7 +26,8 @@ def test_every_hook_fits_the_installed_sglang() -> None:
     script = (
         "import sglang.srt.managers.scheduler\n"
         "from disagg_sglang import hooks\n"
-        "print([p for p in map(hooks.mismatch, hooks.EVERYWHERE + hooks.IN_SCHEDULER) if p])"
+        "every = hooks.EVERYWHERE + hooks.IN_API_SERVER + hooks.IN_SCHEDULER\n"
+        "print([p for p in map(hooks.mismatch, every) if p])"
     )
     done = run("-c", script)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]

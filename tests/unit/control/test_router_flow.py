@@ -287,6 +287,15 @@ def test_d_lets_p_go_of_what_it_must_compute_itself() -> None:
     assert bench.port.sent == [("cancel", "p:1", "prompt_logprobs")]
 
 
+@pytest.mark.parametrize(("cached", "lmcache"), [(999, 0), (64, 999)])
+def test_d_lets_p_go_at_once_of_what_it_and_lmcache_hold_whole(cached: int, lmcache: int) -> None:
+    bench = DecodeBench()
+    answer = bench.side.match(ROUTED, cached, free_tokens=100_000, lmcache_tokens=lmcache)
+    assert answer == PrefillLocally("prefix_held")
+    assert bench.port.sent == [("cancel", "p:1", "prefix_held")]
+    assert bench.port.offers == []
+
+
 @given(st.lists(st.integers(0, 99)), st.text(max_size=3), st.text(max_size=3), st.text(max_size=3), st.text(max_size=3))
 def test_a_digest_is_of_prompt_adapter_and_salt(ids: list[int], lora: str, salt: str, lora2: str, salt2: str) -> None:
     same = (lora, salt) == (lora2, salt2)

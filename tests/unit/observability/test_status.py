@@ -57,6 +57,7 @@ def test_json_holds_every_part(engine: SyntheticEngine):
     assert view["transfers"]["compression"] == {"received": 2.0}
     assert view["transfers"]["troubles"]["side-channel rejects"] == 1
     assert view["cache_hits"] == {"own prefix cache": 1.0}
+    assert view["prefix_tokens"] == {"lmcache": 64}
     assert view["queues"] == {"running": 0, "waiting": 0, "kv_cache_usage": 0.25}
     assert {"slo_class": "high", "outcome": "refused", "reason": "ttft", "requests": 1} in view["admission"]
 
@@ -77,6 +78,7 @@ def test_once_prints_tables_for_people(engine: SyntheticEngine):
     assert code == 0
     assert "active" in out
     assert "short_prompt" in out
+    assert "prefix tokens lmcache 64" in " ".join(out.split())
 
 
 def test_live_shows_what_moved_since_the_last_look(engine: SyntheticEngine):

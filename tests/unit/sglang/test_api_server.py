@@ -19,12 +19,6 @@ from disagg_sglang.api_server import ApiServer
 from disagg_sglang.support import ROUTING_KEY
 
 SLOW = DecodeState(prefill=PrefillModel(base_s=0.0, per_token_s=1e-3, per_pair_s=0.0))
-ARGS = SimpleNamespace(
-    served_model_name="m",
-    enable_priority_scheduling=True,
-    schedule_low_priority_values_first=True,
-    disable_radix_cache=False,
-)
 CLASSES = {"normal": {"ttft_slo_s": 2.0}, "low": {"ttft_slo_s": 4.0, "degrade": ["never_offload"]}}
 
 
@@ -32,7 +26,8 @@ CLASSES = {"normal": {"ttft_slo_s": 2.0}, "low": {"ttft_slo_s": 4.0, "degrade": 
 def server() -> Iterator[ApiServer]:
     before = set(REGISTRY._collector_to_names)
     token = current_ticket.set(None)
-    yield ApiServer(load_settings({"qos": {"enable_early_rejection": True, "classes": CLASSES}}), ARGS)
+    settings = load_settings({"qos": {"enable_early_rejection": True, "classes": CLASSES}})
+    yield ApiServer(settings, model_name="m", by_priority=True, caches_prefixes=True)
     current_ticket.reset(token)
     for collector in set(REGISTRY._collector_to_names) - before:
         REGISTRY.unregister(collector)

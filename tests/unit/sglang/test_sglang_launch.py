@@ -47,7 +47,6 @@ def test_a_plain_server_is_supported(role: launch.Role) -> None:
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
-        ({"enable_lmcache": True}, "--enable-lmcache"),
         ({"enable_pd_role_switch": True}, "--enable-pd-role-switch"),
         ({"disable_radix_cache": True}, "--disable-radix-cache"),
     ],
@@ -56,6 +55,12 @@ def test_what_is_not_supported_is_refused_by_its_flag(change: dict[str, Any], na
     problem = launch.unsupported_arguments("decode", SimpleNamespace(**{**ARGUMENTS, **change}), {})
     assert problem is not None
     assert problem.startswith(named)
+
+
+@pytest.mark.parametrize(("role", "refused"), [("prefill", True), ("decode", False)])
+def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.Role, refused: bool) -> None:
+    problem = launch.unsupported_arguments(role, SimpleNamespace(**{**ARGUMENTS, "enable_lmcache": True}), {})
+    assert (problem is not None) is refused
 
 
 def test_the_rust_server_is_refused_by_its_variable() -> None:
@@ -102,6 +107,24 @@ def test_a_mistake_in_the_settings_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
     with pytest.raises(ConfigError, match="did you mean prefill_workers"):
         launch.settings_for("decode")
+
+
+@pytest.mark.parametrize(
+    ("change", "set_too"),
+    [
+        pytest.param({}, True, id="nothing was said of it"),
+        pytest.param({"enable_priority_scheduling": True}, False, id="the operator chose priorities"),
+        pytest.param({"schedule_policy": "lpm"}, False, id="the operator chose another order"),
+    ],
+)
+def test_early_rejection_brings_priorities_unless_the_operator_has_a_say_in_it(
+    change: dict[str, Any], set_too: bool
+) -> None:
+    args = {"enable_priority_scheduling": False, "schedule_policy": "fcfs", **change}
+    fields = launch.priority_arguments(SimpleNamespace(**args))
+    assert bool(fields) is set_too
+    if set_too:
+        assert fields["schedule_low_priority_values_first"], "as vLLM does, and as the classes' numbers are"
 
 
 def test_lmcache_is_refused_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
