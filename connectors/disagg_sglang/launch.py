@@ -66,6 +66,8 @@ def settings_for(role: Role) -> DisaggSettings:
     settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
     if settings.cache.active_lmcache is not None:
         raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    if settings.router.model_fields_set:
+        raise ConfigError("router: vLLM engines only; SGLang's routers are served without settings, leave it out")
     return settings
 
 
@@ -119,7 +121,7 @@ def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:
         ("--speculative-algorithm", args.speculative_algorithm is not None),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache),
         ("--enable-hisparse", args.enable_hisparse),
-        ("--enable-lmcache on a prefill server: SGLang refuses it there", role == "prefill" and args.enable_lmcache),
+        ("--enable-lmcache: see docs/sglang-lmcache.md", args.enable_lmcache),
         ("--enable-pd-role-switch", args.enable_pd_role_switch),
         ("--disaggregation-enable-kv-checksum: chunks carry their own", args.disaggregation_enable_kv_checksum),
         ("--optimistic-prefill-attempts", args.optimistic_prefill_attempts > 0),

@@ -28,7 +28,7 @@ import msgspec
 from disagg_plugin.config import CodecChoice, is_loopback
 from disagg_plugin.control.backoff import Backoff
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
-from disagg_plugin.control.compatibility import find_mismatch, party_of
+from disagg_plugin.control.compatibility import find_lane_mismatch, find_mismatch, party_of
 from disagg_plugin.control.digest_stream import DigestFollower
 from disagg_plugin.control.events import DecodeEvent, PeerJoined, PeerLeft, PrefillFailed, PrefillStarted
 from disagg_plugin.control.messages import (
@@ -248,7 +248,8 @@ class WorkerLink:
                 self.around.counters["unexpected_messages"] += 1
 
     def _welcomed(self, welcome: Welcome) -> None:
-        mismatch = find_mismatch(party_of(self.hello), party_of(welcome))
+        ours, theirs = party_of(self.hello), party_of(welcome)
+        mismatch = find_mismatch(ours, theirs) or find_lane_mismatch(theirs, ours, region_slots=self.hello.region_slots)
         if mismatch is not None:  # it compares as well, but by its own version's rules
             self._rejected(mismatch.reason, ours=mismatch.ours, theirs=mismatch.theirs)
             return

@@ -24,7 +24,7 @@ TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # tiny: layers × sides × heads × head_dim �
 CLASSES = {
     "high": {"ttft_slo_s": 600.0},
     "normal": {"ttft_slo_s": 600.0},
-    "low": {"ttft_slo_s": 0.6, "degrade": ["max_tokens:4"]},
+    "low": {"ttft_slo_s": 1.0, "degrade": ["max_tokens:4"]},
 }
 TRANSFER = {
     "codec": "raw",
