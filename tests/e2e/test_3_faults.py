@@ -101,7 +101,6 @@ def test_a_prefill_worker_that_stops_and_wakes_up_again(pair: Fleet) -> None:
     assert same_tokens(got, local)
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (0, 1)
-    settle(pair.prefill)
     pair.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()), within_s=60)
     assert_offloaded_as_local(pair, prompt_of(700, seed=5), cache_salt="awake")
 
