@@ -14,10 +14,11 @@ the prompt for what has not landed, once, if the policies still want that; the e
 many such requests come back no faster than ``control.fallback_pacer`` lets them.
 """
 
+import functools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.decode_port import (
@@ -42,7 +43,7 @@ from disagg_plugin.control.events import (
 from disagg_plugin.control.fallback_pacer import FallbackPacer
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_in
-from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions
+from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions, hashes_of
 from disagg_plugin.control.shared_prefixes import SharedPrefixes
 from disagg_plugin.kv.commands import (
     AbandonReceive,
@@ -279,7 +280,8 @@ class DecodeSide:
                 return self._stay(prompt, held_tokens, "handed_over_twice")
             self._journal.decided(prompt.request_id, "offloaded", None)
             return self._offer(prompt, cached_tokens, lmcache_tokens, (prompt.route.worker,), "routed", None)
-        if self._waits_for_another(prompt, held_tokens):
+        hashes = functools.cache(lambda: hashes_of(prompt))  # the dearest part of a decision: made once
+        if self._waits_for_another(prompt, held_tokens, hashes):
             return NotYet()
         with profile_range("disagg decide"):
             record = self._decisions.decide(
@@ -288,6 +290,7 @@ class DecodeSide:
                 lmcache_tokens=lmcache_tokens,
                 free_tokens=free_tokens,
                 promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
+                hashes=hashes(),
             )
         decision = record.decision
         if isinstance(decision, Local):
@@ -295,6 +298,7 @@ class DecodeSide:
             self._journal.decided(prompt.request_id, "local", decision.local_ttft_s)
             return self._stay(prompt, held_tokens, decision.reason)
         self._journal.decided(prompt.request_id, "offloaded", decision.remote_ttft_s)
+        self._shared.begin(prompt.request_id, hashes(), priority=prompt.priority)
         return self._offer(prompt, cached_tokens, lmcache_tokens, decision.workers, decision.reason, record)
 
     def _offer(
@@ -308,13 +312,6 @@ class DecodeSide:
     ) -> Answer:
         held_tokens = max(cached_tokens, lmcache_tokens)
         self.decisions[reason] += 1
-        if prompt.route is None:
-            self._shared.begin(
-                *(prompt.request_id, prompt.token_ids),
-                salt=prompt.cache_salt,
-                lora=prompt.lora,
-                priority=prompt.priority,
-            )
         transfer = Transfer(
             request_id=prompt.request_id,
             transfer_id=_transfer_id(prompt.route),
@@ -371,14 +368,12 @@ class DecodeSide:
         transfer.state = advance(transfer.state, Event.READY)
         self._port.ready(transfer.transfer_id, transfer.peer, transfer.first_token, transfer.end_token)
 
-    def _waits_for_another(self, prompt: PromptView, cached_tokens: int) -> bool:
+    def _waits_for_another(self, prompt: PromptView, cached_tokens: int, hashes: Callable[[], Sequence[int]]) -> bool:
         """Whether most of what this prompt needs is already on its way for another one."""
         waited = prompt.request_id in self._shared
         leader = self._shared.leader_of(
-            *(prompt.request_id, prompt.token_ids),
+            *(prompt.request_id, len(prompt.token_ids), hashes),
             cached_tokens=cached_tokens,
-            salt=prompt.cache_salt,
-            lora=prompt.lora,
             priority=prompt.priority,
         )
         self.totals["waited_for_shared_prefix"] += leader is not None and not waited
@@ -400,12 +395,13 @@ class DecodeSide:
 
     def _wait_until_s(self, transfer: Transfer) -> float:
         limits = self._settings.transfer
+        deadline_s = transfer.offered_s + limits.deadline_s
         if transfer.state is State.OFFERED or (transfer.state is State.SUSPENDED and not transfer.accepted_s):
             # each of two workers may use up its time to answer; a suspended one first waits for the ranks
             return (transfer.attempted_s or self._clock()) + 2 * limits.offer_timeout_s + 0.5
         if transfer.state in (State.ACCEPTED, State.SUSPENDED):
-            return transfer.accepted_s + limits.start_timeout_s + transfer.eta_s
-        return transfer.offered_s + limits.deadline_s
+            return min(deadline_s, transfer.accepted_s + limits.start_timeout_s + transfer.eta_s)
+        return deadline_s
 
     # -- inside: repair ----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Feeds the policies with what this decode engine knows, and the latency models with what became of their answers."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from disagg_plugin.config import DisaggSettings
@@ -86,6 +86,7 @@ class OffloadDecisions:
         promised_tokens: int,
         lmcache_tokens: int = 0,
         without: Collection[str] = (),
+        hashes: Sequence[int] | None = None,
     ) -> DecisionRecord:
         """Here or elsewhere, and where.
 
@@ -94,8 +95,10 @@ class OffloadDecisions:
             promised_tokens: KV that is held here for transfers, or will be.
             lmcache_tokens: Prefix in LMCache, counted from token 0.
             without: Workers that are out of the question.
+            hashes: Of the prompt's prefixes, where they are known already.
         """
-        hashes = prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
+        if hashes is None:
+            hashes = hashes_of(prompt)
         workers = self._port.workers()
         decode = self._state(free_tokens, promised_tokens)
         known = [w.prefill for w in workers if w.prefill.samples]
@@ -171,3 +174,11 @@ class OffloadDecisions:
             prefill=model.prefill(HERE),
             decode=model.decode(),
         )
+
+
+def hashes_of(prompt: PromptView) -> Sequence[int]:
+    """Of all prefixes of a prompt, chunk by chunk; none where its ids are only placeholders of the engine's."""
+    try:
+        return prefix_hashes(prompt.token_ids, salt=prompt.cache_salt, lora=prompt.lora)
+    except (OverflowError, TypeError):
+        return ()

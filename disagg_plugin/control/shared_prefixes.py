@@ -13,7 +13,7 @@ that is at least half of what it needs, and never for something less urgent than
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
+from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 
 SHOWS_WITHIN_S = 0.25  # from the end of a transfer until the engine's prefix cache has it
 LEAST_SHARE = 0.5
@@ -54,26 +54,35 @@ class SharedPrefixes:
         return len(self._followers)
 
     def leader_of(
-        self, request_id: str, token_ids: Sequence[int], *, cached_tokens: int, salt: str, lora: str, priority: int
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        hashes: Callable[[], Sequence[int]],
+        *,
+        cached_tokens: int,
+        priority: int,
     ) -> str | None:
-        """The request that this one should wait for; None: it is to be decided on now, and does not wait any more."""
+        """The request that this one should wait for; None: it is to be decided on now, and does not wait any more.
+
+        Args:
+            hashes: Of the prompt's prefixes; called only if they matter.
+        """
         follower = self._followers.get(request_id)
         if follower is None:
-            if not self._leaders or self._wait_s <= 0 or len(token_ids) - cached_tokens < CHUNK_TOKENS:
+            if not self._leaders or self._wait_s <= 0 or prompt_tokens - cached_tokens < CHUNK_TOKENS:
                 return None
-            follower = _Follower(_hashes(token_ids, salt, lora), self._clock() + self._wait_s)
-        leader = self._leader(follower, len(token_ids), cached_tokens, priority)
+            follower = _Follower(hashes(), self._clock() + self._wait_s)
+        leader = self._leader(follower, prompt_tokens, cached_tokens, priority)
         if leader is None or leader == request_id or self._clock() > follower.until_s:
             self._followers.pop(request_id, None)
             return None
         self._followers[request_id] = follower
         return leader
 
-    def begin(self, request_id: str, token_ids: Sequence[int], *, salt: str, lora: str, priority: int) -> None:
+    def begin(self, request_id: str, hashes: Sequence[int], *, priority: int) -> None:
         """This request is offered to a prefill worker."""
-        if self._wait_s <= 0 or len(token_ids) < CHUNK_TOKENS:
+        if self._wait_s <= 0 or not hashes:
             return
-        hashes = _hashes(token_ids, salt, lora)
         owned = tuple([one for one in hashes if self._owner.setdefault(one, request_id) == request_id])
         self._leaders[request_id] = _Leader(owned, priority)
 
@@ -104,10 +113,3 @@ class SharedPrefixes:
             shared += 1
         shared_tokens = shared * CHUNK_TOKENS - cached_tokens
         return name if shared_tokens >= LEAST_SHARE * (prompt_tokens - cached_tokens) else None
-
-
-def _hashes(token_ids: Sequence[int], salt: str, lora: str) -> list[int]:
-    try:
-        return prefix_hashes(token_ids, salt=salt, lora=lora)
-    except (OverflowError, TypeError):  # no token ids: a placeholder of the engine's
-        return []

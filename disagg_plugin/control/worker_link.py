@@ -28,7 +28,7 @@ import msgspec
 from disagg_plugin.config import CodecChoice, is_loopback
 from disagg_plugin.control.backoff import Backoff
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
-from disagg_plugin.control.compatibility import find_mismatch, party_of
+from disagg_plugin.control.compatibility import find_lane_mismatch, find_mismatch, party_of
 from disagg_plugin.control.digest_stream import DigestFollower
 from disagg_plugin.control.events import DecodeEvent, PeerJoined, PeerLeft, PrefillFailed, PrefillStarted
 from disagg_plugin.control.messages import (
@@ -48,7 +48,7 @@ from disagg_plugin.control.messages import (
     Welcome,
 )
 from disagg_plugin.control.own_pauses import excused
-from disagg_plugin.control.received_load import ReceivedLoad
+from disagg_plugin.control.received_load import ReceivedLoad, sane_eta_s
 from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
@@ -229,6 +229,7 @@ class WorkerLink:
                 self._rejected(reason, ours=ours, theirs=theirs)
             case Accepted(transfer_id) | Refused(transfer_id):
                 if isinstance(message, Accepted):
+                    message = Accepted(transfer_id, sane_eta_s(message.eta_s))
                     self._offers.accepted(transfer_id)  # here, not where it is awaited: a report may follow at once
                 answer = self.answers.get(transfer_id)
                 if answer is not None and not answer.done():
@@ -247,7 +248,8 @@ class WorkerLink:
                 self.around.counters["unexpected_messages"] += 1
 
     def _welcomed(self, welcome: Welcome) -> None:
-        mismatch = find_mismatch(party_of(self.hello), party_of(welcome))
+        ours, theirs = party_of(self.hello), party_of(welcome)
+        mismatch = find_mismatch(ours, theirs) or find_lane_mismatch(theirs, ours, region_slots=self.hello.region_slots)
         if mismatch is not None:  # it compares as well, but by its own version's rules
             self._rejected(mismatch.reason, ours=mismatch.ours, theirs=mismatch.theirs)
             return

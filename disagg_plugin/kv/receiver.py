@@ -142,7 +142,7 @@ class ReceiveState:
     failed: bool = False  # reported; chunks that landed are still scattered, but only ``abandon`` completes it
     unusable: bool = False  # a chunk could not be scattered: drop the others
     suspended: bool = False  # between two senders
-    raw_tokens: int = 0
+    raw_bytes: int = 0
 
     @property
     def prefix_end(self) -> int:
@@ -333,16 +333,14 @@ class Scatter:
         state.first_chunk_s = state.first_chunk_s or chunk.at_s
         state.last_chunk_s = max(state.last_chunk_s, chunk.at_s)
         state.chunks += 1
-        state.raw_tokens += header.tokens
         state.wire_bytes += chunk.nbytes
         state.codecs.update(header.codecs)
         add_duration(self._counters, CHUNK_SCATTER, self._clock() - chunk.at_s, CHUNK_SECONDS)
         self._counters["chunks_received"] += 1
         self._counters["wire_bytes_received"] += chunk.nbytes
-        self._counters["raw_bytes_received"] += header.tokens * self._sink.geometry.raw_token_bytes(header.heads.count)
-
-    def _raw_bytes(self, tokens: int) -> int:
-        return tokens * self._sink.geometry.raw_token_bytes(self._sink.heads.count)
+        raw_bytes = header.tokens * self._sink.geometry.raw_token_bytes(header.heads.count)
+        state.raw_bytes += raw_bytes
+        self._counters["raw_bytes_received"] += raw_bytes
 
     def _complete(self, state: ReceiveState) -> None:
         command = state.command
@@ -354,7 +352,7 @@ class Scatter:
                 last_chunk_s=state.last_chunk_s,
                 chunks=state.chunks,
                 wire_bytes=state.wire_bytes,
-                raw_bytes=self._raw_bytes(state.raw_tokens),
+                raw_bytes=state.raw_bytes,
                 codecs=codec_names(sorted(state.codecs)),
             )
         )

@@ -9,7 +9,7 @@ from unit.control.decode_bench import Bench
 
 from disagg_plugin.control.decode_port import Claim, NotYet, PromptView
 from disagg_plugin.control.shared_prefixes import SHOWS_WITHIN_S, SharedPrefixes
-from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
+from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
 
 SYSTEM = tuple(range(1_280))  # ten chunks
 WAIT_S = 10.0
@@ -126,9 +126,9 @@ def test_whatever_happens_every_request_is_let_go_within_its_deadline(steps: lis
     asked: dict[str, float] = {}
     for number, what in steps:
         name, ids = f"r{number}", SYSTEM[: CHUNK_TOKENS * (number + 3)]
-        common = {"salt": "", "lora": "", "priority": 0}
+        hashes = prefix_hashes(ids)
         if what == "ask":
-            leader = shared.leader_of(name, ids, cached_tokens=0, **common)  # type: ignore[arg-type]
+            leader = shared.leader_of(name, len(ids), lambda h=hashes: h, cached_tokens=0, priority=0)
             assert leader != name
             if leader is None:
                 asked.pop(name, None)
@@ -136,7 +136,7 @@ def test_whatever_happens_every_request_is_let_go_within_its_deadline(steps: lis
                 asked.setdefault(name, now[0])
                 assert now[0] <= asked[name] + WAIT_S
         elif what == "begin":
-            shared.begin(name, ids, **common)  # type: ignore[arg-type]
+            shared.begin(name, hashes, priority=0)
         elif what == "landed":
             shared.landed(name)
         elif what == "end":
