@@ -5,6 +5,7 @@ ARCHITECTURE.md, "SGLang". The raw arguments keep what the operator asked for, a
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.report_channel import make_address
 from disagg_sglang import BACKEND
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FLAG = "--disagg-config"
 CONFIG_VARIABLE = "DISAGG_CONFIG"
@@ -90,6 +93,8 @@ def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
             ClassBook(settings.qos)  # as is an API key that cannot be read
             if fields := priority_arguments(resolving_view(server_args)):
                 declare_resolution(server_args, BACKEND, **fields)
+        if resolving_view(server_args).enable_lmcache:
+            logger.warning("disagg: decisions do not count what LMCache holds: see docs/sglang-lmcache.md")
         if role == "decode":
             declare_resolution(server_args, BACKEND, disaggregation_mode="null")
     previous(server_args)
@@ -121,7 +126,7 @@ def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:
         ("--speculative-algorithm", args.speculative_algorithm is not None),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache),
         ("--enable-hisparse", args.enable_hisparse),
-        ("--enable-lmcache: see docs/sglang-lmcache.md", args.enable_lmcache),
+        ("--enable-lmcache on a prefill server: SGLang refuses it there", role == "prefill" and args.enable_lmcache),
         ("--enable-pd-role-switch", args.enable_pd_role_switch),
         ("--disaggregation-enable-kv-checksum: chunks carry their own", args.disaggregation_enable_kv_checksum),
         ("--optimistic-prefill-attempts", args.optimistic_prefill_attempts > 0),

@@ -102,7 +102,7 @@ class Fleet:
 def settings(side_port: int, **more: Any) -> dict[str, Any]:
     """A settings file's content."""
     return {
-        "side_channel": {"port": side_port},
+        "side_channel": {"port": side_port, "peer_timeout_s": 8.0},  # servers that spin on two cores starve each other
         "transfer": TRANSFER,
         "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
         "policy": {"offload": "threshold"},

@@ -47,7 +47,6 @@ def test_a_plain_server_is_supported(role: launch.Role) -> None:
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
-        ({"enable_lmcache": True}, "--enable-lmcache"),
         ({"enable_pd_role_switch": True}, "--enable-pd-role-switch"),
         ({"disable_radix_cache": True}, "--disable-radix-cache"),
     ],
@@ -120,6 +119,12 @@ def test_early_rejection_brings_priorities_unless_the_operator_has_a_say_in_it(
     assert bool(fields) is set_too
     if set_too:
         assert fields["schedule_low_priority_values_first"], "as vLLM does, and as the classes' numbers are"
+
+
+@pytest.mark.parametrize(("role", "refused"), [("prefill", True), ("decode", False)])
+def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.Role, refused: bool) -> None:
+    problem = launch.unsupported_arguments(role, SimpleNamespace(**{**ARGUMENTS, "enable_lmcache": True}), {})
+    assert (problem is not None) is refused
 
 
 @pytest.mark.parametrize(
