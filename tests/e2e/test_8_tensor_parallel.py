@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from e2e.client import Answer, Engine, at_once, same_tokens
-from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_alive, settings, settle
+from e2e.conftest import TINY_TOKEN_BYTES, TRANSFER, Plan, is_alive, settings, settle
 from e2e.offloads import Offloads, prompt_of
 from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
@@ -24,6 +25,11 @@ from sequential_proxy import SequentialProxy
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+# ranks that wait for each other spin: with five of them on few cores, everything takes as long as it takes
+PATIENT: dict[str, Any] = {
+    "side_channel": {"heartbeat_s": 2.0, "peer_timeout_s": 120.0},
+    "transfer": {**TRANSFER, "offer_timeout_s": 60.0, "stall_timeout_s": 200.0, "start_timeout_s": 200.0},
+}
 FAULTY_SITE = Path(__file__).parents[1] / "faulty_site"
 
 
@@ -37,6 +43,12 @@ class Ranks:
     damage: Path
 
 
+def patient(role: str, side_port: int, **more: Any) -> dict[str, Any]:
+    """Settings whose time-outs none of these tests is about."""
+    made = settings(role, side_port, transfer=PATIENT["transfer"], **more)
+    return made | {"side_channel": {**PATIENT["side_channel"], "port": side_port}}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     end_running_fleet()
@@ -47,12 +59,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     damage = folder / "damage"
     path = [str(FAULTY_SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
     faulty = {**both, "PYTHONPATH": os.pathsep.join(path), "DISAGG_TEST_DAMAGE": str(damage)}
-    p_plan = Plan("prefill", tiny(), p_port, 0, settings("prefill", p_side), flags, faulty)
+    p_plan = Plan("prefill", tiny(), p_port, 0, patient("prefill", p_side), flags, faulty)
     workers = [{"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}]
     allowed = {"allowed_hosts": [f"127.0.0.1:{s_side}"]}  # nobody told D of it: a router will
-    d_settings = settings("decode", d_side, prefill_workers=workers, router=allowed)
+    d_settings = patient("decode", d_side, prefill_workers=workers, router=allowed)
     d_plan = Plan("decode", tiny(), d_port, 1, d_settings, flags, both)
-    s_plan = Plan("single", tiny(), s_port, 0, settings("both", s_side, prefill_workers=workers))
+    s_plan = Plan("single", tiny(), s_port, 0, patient("both", s_side, prefill_workers=workers))
     with ExitStack() as stack:
         starts = [lambda plan=plan: plan.start(stack, folder) for plan in (p_plan, d_plan, s_plan)]
         prefill, decode, single = at_once(starts)
