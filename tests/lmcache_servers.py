@@ -1,17 +1,19 @@
 """Real `lmcache server` processes for e2e tests, and what they say about themselves."""
 
 import json
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import httpx
+import psutil
 from engines import free_port, serving
 
 CHUNK = 64  # tokens
@@ -67,6 +69,16 @@ class LMCacheServer:
     def runs(self) -> bool:
         return self.pid != 0
 
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It is there, and does not answer."""
+        os.kill(self.pid, signal.SIGSTOP)
+        stands_still(self.pid)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.http_port}/status", timeout=20).json()
         return {**status, **status["storage_manager"]}
@@ -107,4 +119,11 @@ def prompt_tokens_by_source(metrics: str) -> dict[str, float]:
     return found
 
 
-STOP, GO = signal.SIGSTOP, signal.SIGCONT
+def stands_still(pid: int) -> None:
+    """Wait until a stopped process has stopped: one of its threads must run for that, and on a busy machine the others
+    go on meanwhile."""
+    for _ in range(2_000):
+        if psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            return
+        Event().wait(0.005)
+    raise AssertionError(f"process {pid} goes on")

@@ -140,13 +140,13 @@ class EngineSide:
     def step(self) -> None:
         """One turn: commands to the data plane, what landed into the pool, what ended back to the role's half."""
         self._load.step_ended(self._forwards)
-        self._publish_held_back()
-        self._send_report()
         commands: list[Command] = []
         if self.fill is not None:
             commands += self.fill.commands()
         if self.export is not None:
             commands += self.export.commands()
+        self._publish_held_back()
+        self._send_report()
         if not commands and not self._busy:
             self._let_others_run()
             return

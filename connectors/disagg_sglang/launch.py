@@ -5,6 +5,7 @@ ARCHITECTURE.md, "SGLang". The raw arguments keep what the operator asked for, a
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.observability.report_channel import make_address
 from disagg_sglang import BACKEND
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FLAG = "--disagg-config"
 CONFIG_VARIABLE = "DISAGG_CONFIG"
@@ -66,6 +69,8 @@ def settings_for(role: Role) -> DisaggSettings:
     settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
     if settings.cache.active_lmcache is not None:
         raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    if settings.router.model_fields_set:
+        raise ConfigError("router: vLLM engines only; SGLang's routers are served without settings, leave it out")
     return settings
 
 
@@ -88,6 +93,8 @@ def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
             ClassBook(settings.qos)  # as is an API key that cannot be read
             if fields := priority_arguments(resolving_view(server_args)):
                 declare_resolution(server_args, BACKEND, **fields)
+        if resolving_view(server_args).enable_lmcache:
+            logger.warning("disagg: decisions do not count what LMCache holds: see docs/sglang-lmcache.md")
         if role == "decode":
             declare_resolution(server_args, BACKEND, disaggregation_mode="null")
     previous(server_args)

@@ -47,6 +47,7 @@ class _Waiting:
     prompt: PromptView
     enqueue: Enqueue
     cached_tokens: int
+    landings: int  # that had been when it was looked up
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +84,7 @@ class PromptFill:
         self._running: dict[str, Any] = {}  # SGLang's again; until they end
         self._queued: list[tuple[Any, Any]] = []  # (request, lock on what it was given) until SGLang locks it itself
         self._unknown_routes: set[tuple[str, int]] = set()
+        self._landings = 0
         self._stopped: str | None = None
 
     @property
@@ -108,7 +110,7 @@ class PromptFill:
             return False  # SGLang refuses it
         cached_tokens, _ = self._match(req)
         self._queue.cached(req.rid, cached_tokens)
-        waiting = _Waiting(req, self._view(req), enqueue, cached_tokens)
+        waiting = _Waiting(req, self._view(req), enqueue, cached_tokens, self._landings)
         answer = self._ask(waiting)
         if isinstance(answer, PrefillLocally):
             self._running[req.rid] = req
@@ -233,6 +235,8 @@ class PromptFill:
                 self._ended(rid)
 
     def _ask(self, waiting: _Waiting) -> PrefillLocally | NotYet | Claim:
+        if waiting.landings != self._landings:  # perhaps of a prompt that begins like this one
+            waiting.landings, (waiting.cached_tokens, _) = self._landings, self._match(waiting.req)
         free_tokens = int(self._allocator.available_size() + self._tree.evictable_size())
         answer = self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
         self._queue.landing(waiting.req.rid, not isinstance(answer, PrefillLocally))
@@ -311,6 +315,7 @@ class PromptFill:
             lock = self._tree.lock(self._tree.insert(params).last_device_node)
             self._tree.unlock(fill.lock)
             fill.lock = lock
+            self._landings += 1
         left = fill.new_slots[max(tokens - cached, 0) :]
         if len(left):
             self._allocator.free(left)

@@ -395,12 +395,13 @@ class DecodeSide:
 
     def _wait_until_s(self, transfer: Transfer) -> float:
         limits = self._settings.transfer
+        deadline_s = transfer.offered_s + limits.deadline_s
         if transfer.state is State.OFFERED or (transfer.state is State.SUSPENDED and not transfer.accepted_s):
             # each of two workers may use up its time to answer; a suspended one first waits for the ranks
             return (transfer.attempted_s or self._clock()) + 2 * limits.offer_timeout_s + 0.5
         if transfer.state in (State.ACCEPTED, State.SUSPENDED):
-            return transfer.accepted_s + limits.start_timeout_s + transfer.eta_s
-        return transfer.offered_s + limits.deadline_s
+            return min(deadline_s, transfer.accepted_s + limits.start_timeout_s + transfer.eta_s)
+        return deadline_s
 
     # -- inside: repair ----------------------------------------------------------------------------------------
 

@@ -55,6 +55,9 @@ from disagg_plugin.serving.prefix_index import MAX_CHUNKS
 logger = logging.getLogger(__name__)
 
 REMEMBERED_OFFERS = 8192
+TRANSFER_ID_BYTES = 16
+LONGEST_DEADLINE_S = 86_400.0
+CODECS = frozenset({"auto", "raw", "int8", "int8c"})
 
 Send = Callable[[bytes, AnyMessage], bool]
 
@@ -339,6 +342,8 @@ class PrefillService:
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
             return "unknown_peer"
+        if not _makes_sense(offer):
+            return "malformed"
         if offer.transfer_id in self._offered_by:
             return "offered_before"
         if offer.held:
@@ -426,3 +431,14 @@ class PrefillService:
     def _send_to(self, engine: str, message: AnyMessage) -> None:
         if (peer := self._peers.get(engine)) is not None:
             self._send(peer.identity, message)
+
+
+def _makes_sense(offer: Offer) -> bool:
+    """Whether its numbers can be used at all: types were checked when it was decoded, ranges were not."""
+    return (
+        len(offer.transfer_id) == TRANSFER_ID_BYTES
+        and 0 <= offer.nonce < 1 << 64
+        and offer.prompt_tokens > 0
+        and 0 < offer.deadline_s <= LONGEST_DEADLINE_S  # NaN is neither
+        and offer.codec in CODECS
+    )

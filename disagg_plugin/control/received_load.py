@@ -57,6 +57,11 @@ class ReceivedLoad:
         return replace(self, prefill=replace(prefill, samples=0), prefill_tokens_per_s=1 / prefill.per_token_s)
 
 
+def sane_eta_s(eta_s: float) -> float:
+    """What a worker promises, in seconds; nonsense counts as "not soon"."""
+    return min(max(eta_s, 0.0), LONGEST_S) if math.isfinite(eta_s) else LONGEST_S
+
+
 def _model(speed: PrefillSpeed | None) -> PrefillModel | None:
     if speed is None:
         return None

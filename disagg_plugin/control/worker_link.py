@@ -48,7 +48,7 @@ from disagg_plugin.control.messages import (
     Welcome,
 )
 from disagg_plugin.control.own_pauses import excused
-from disagg_plugin.control.received_load import ReceivedLoad
+from disagg_plugin.control.received_load import ReceivedLoad, sane_eta_s
 from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
@@ -229,6 +229,7 @@ class WorkerLink:
                 self._rejected(reason, ours=ours, theirs=theirs)
             case Accepted(transfer_id) | Refused(transfer_id):
                 if isinstance(message, Accepted):
+                    message = Accepted(transfer_id, sane_eta_s(message.eta_s))
                     self._offers.accepted(transfer_id)  # here, not where it is awaited: a report may follow at once
                 answer = self.answers.get(transfer_id)
                 if answer is not None and not answer.done():

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_NONCES = 4096
 PARKED_MAX = 1024
+REMEMBERED_REPEATS = 256
+REPEATS_MAX = 2
 
 
 @dataclass(slots=True)
@@ -101,6 +103,7 @@ class Intake:
         self._tickets: dict[int, Ticket] = {}  # by nonce
         self._closed: dict[int, None] = {}  # nonces, in order of their end
         self._parked: list[Parked] = []
+        self._repeats: dict[tuple[str, int, int, int], int] = {}  # how often a peer asked about one chunk again
         self._waiting: deque[tuple[str, Notification]] = deque()  # for a private buffer
 
     @property
@@ -158,15 +161,27 @@ class Intake:
             self._counters["bad_slots"] += 1
         elif ticket is None or ticket.broken:
             self._counters["late"] += 1
+            self._count_repeats(agent, notification)
             self._answer(agent, notification, Kind.DISCARD)
         elif (inflow := ticket.inflows.get(agent)) is None or inflow.link is not link:
             self._counters["foreign"] += 1
             self._answer(agent, notification, Kind.DISCARD)
         elif notification.sequence in inflow.sequences:
             self._counters["replays"] += 1
+            self._count_repeats(agent, notification)
             self._answer(agent, notification, Kind.ACK)
         else:
             self._copy_and_verify(inflow, ticket, notification)
+
+    def _count_repeats(self, agent: str, notification: Notification) -> None:
+        """A peer that goes on asking does not get our answers, whatever the transport says: connect anew."""
+        key = (agent, notification.nonce, notification.sequence, notification.attempt)
+        self._repeats[key] = self._repeats.pop(key, 0) + 1
+        if self._repeats[key] > REPEATS_MAX:
+            self._repeats = {known: times for known, times in self._repeats.items() if known[0] != agent}
+            self._lost.add(agent)
+        elif len(self._repeats) > REMEMBERED_REPEATS:
+            del self._repeats[next(iter(self._repeats))]
 
     def pump(self) -> bool:
         """Retry what waited for a buffer, give up what was parked too long, check deadlines; True if any moved."""

@@ -23,6 +23,8 @@ from disagg_plugin.observability.buckets import CHUNK_SECONDS, CHUNK_WRITE, add_
 
 logger = logging.getLogger(__name__)
 
+ASK_AGAIN_TIMES = 3
+
 
 @dataclass(slots=True)
 class Posted:
@@ -38,6 +40,7 @@ class Posted:
     answer: Kind | None = None
     quarantined: bool = False
     ask_again_s: float = 0.0
+    asked: int = 0  # again
 
     def is_meant_by(self, answer: Notification) -> bool:
         """Whether an answer for this slot is about this chunk and this attempt."""
@@ -146,6 +149,10 @@ class Poster:
         return changed
 
     def _ask_again(self, agent: str, posted: Posted) -> None:
+        posted.asked += 1
+        if posted.asked > ASK_AGAIN_TIMES:  # writes and notifications vanish without an error
+            self._lost.add(agent)
+            return
         try:
             self._transport.notify(agent, posted.chunk.notification(posted.attempt).pack())
         except (PeerLost, TransportError):

@@ -131,3 +131,23 @@ def test_a_room_without_a_port_is_no_route(contract: Contract, rig: "SglangRig")
     rig.send("r", PROMPT, bootstrap_room=5, bootstrap_host="p", bootstrap_port=None)
     assert contract.port.offers == []
     assert rig.runnable("r") == 0
+
+
+def test_of_two_prompts_that_begin_alike_the_second_needs_its_own_rest_only(
+    contract: Contract, rig: "SglangRig"
+) -> None:
+    rig.running.add("somebody")
+    long = [*range(1_000, 1_400)]
+    rig.send("first", long)
+    rig.send("second", [*long[:-10], *range(30_000, 30_010)])
+    contract.turn(3)
+    (call,) = contract.port.offers
+    contract.accept()
+    contract.peer.compute(call, contract.port.readies[-1], len(long))
+    while contract.network.pending:
+        for write in list(contract.network.pending):
+            contract.network.deliver(write)
+        contract.turn(2)
+    contract.turn(2)
+    assert rig.runnable("second") == 390 // PAGE * PAGE, "too little is left to ask anybody for"
+    assert len(contract.port.offers) == 1

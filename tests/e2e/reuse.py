@@ -1,6 +1,7 @@
 """Two engines with an LMCache server each, and what the tests of prefix reuse do to them."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -10,9 +11,10 @@ from threading import Event
 from typing import Any
 
 import httpx
+import psutil
 from e2e.client import Answer, Engine
 from e2e.processes import RUNS_S, end_tree
-from lmcache_servers import GO, STOP, LMCacheServer, prompt_tokens_by_source
+from lmcache_servers import LMCacheServer, prompt_tokens_by_source, stands_still
 
 LOOKUP_MS = 3000
 
@@ -66,11 +68,11 @@ class Counted:
 @contextmanager
 def held_still(engine: Engine) -> Iterator[None]:
     """None of its processes runs meanwhile."""
-    end_tree(engine, STOP)
+    _stop(engine)
     try:
         yield
     finally:
-        end_tree(engine, GO)
+        end_tree(engine, signal.SIGCONT)
 
 
 @contextmanager
@@ -80,12 +82,19 @@ def held_still_at(engine: Engine, is_there: Callable[[], bool]) -> Iterator[None
         for _ in range(2_000):
             if is_there():
                 break
-            end_tree(engine, GO)
+            end_tree(engine, signal.SIGCONT)
             Event().wait(RUNS_S)
-            end_tree(engine, STOP)
+            _stop(engine)
         else:
             raise AssertionError("it never came to that")
         yield
+
+
+def _stop(engine: Engine) -> None:
+    end_tree(engine, signal.SIGSTOP)
+    root = psutil.Process(engine.pid)
+    for process in [*root.children(recursive=True), root]:
+        stands_still(process.pid)
 
 
 class Going:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.client import same_tokens
+from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import Fleet, settings, settle
 from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
 from e2e.processes import end_tree, slowed
@@ -22,6 +22,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 def chunks_received(view: dict[str, Any]) -> float:
     """Since the decode engine's start; a chunk counts once its KV stands in the engine's cache."""
     return sum(rank["chunks_received"] for rank in view["decode"]["ranks"].values())
+
+
+def preemptions(engine: Engine) -> float:
+    lines = httpx.get(f"{engine.url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_preemptions_total"))
 
 
 @pytest.mark.parametrize("state", ["accepted", "streaming"])
@@ -47,6 +52,47 @@ def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, sta
         future.result(timeout=60)
     settle(pair.decode)
     settle(pair.prefill)
+
+
+def test_a_preempted_request_is_computed_here(pair: Fleet) -> None:
+    """Five offloaded prompts, and texts that the decode engine's cache has no room for."""
+    prompts = [prompt_of(2_900, seed=20 + number) for number in range(5)]
+    texts = {"max_tokens": 700}
+    local = at_once([lambda p=p: pair.stock.complete(p, cache_salt="local", **texts) for p in prompts])
+    counted, before = Offloads(pair.decode), preemptions(pair.decode)
+    calls = [
+        lambda prompt=prompt, number=number: pair.decode.complete(prompt, cache_salt=f"preempt-{number}", **texts)
+        for number, prompt in enumerate(prompts)
+    ]
+    for got, wanted in zip(at_once(calls), local, strict=True):
+        assert same_tokens(got, wanted)
+    assert preemptions(pair.decode) > before
+    totals = counted.totals()
+    assert totals["landed"] >= 4, "one that waits for room while the others decode may be taken back"
+    assert totals["offered"] <= 5, "what was preempted is not offered again"
+
+
+def test_a_prefill_worker_that_stops_and_wakes_up_again(pair: Fleet) -> None:
+    """What it writes after that is discarded; the prompts after that are its own again."""
+    prompt = prompt_of(3_400, seed=6)
+    local = pair.stock.complete(prompt, cache_salt="local")
+    counted = Offloads(pair.decode)
+    before = chunks_received(pair.decode.snapshot())
+    with ThreadPoolExecutor(1) as pool:
+        with slowed(pair.prefill):
+            future = pool.submit(pair.decode.complete, prompt, cache_salt="stops")
+            pair.decode.when(lambda v: chunks_received(v) > before, every_s=0.02)
+        end_tree(pair.prefill, signal.SIGSTOP)
+        try:
+            got = future.result(timeout=120)
+        finally:
+            end_tree(pair.prefill, signal.SIGCONT)
+    assert same_tokens(got, local)
+    totals = counted.totals()
+    assert (totals["landed"], totals["fallbacks"]) == (0, 1)
+    settle(pair.prefill)
+    pair.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()), within_s=60)
+    assert_offloaded_as_local(pair, prompt_of(700, seed=5), cache_salt="awake")
 
 
 def test_a_prefill_worker_that_dies_while_streaming_costs_only_time(pair: Fleet) -> None:

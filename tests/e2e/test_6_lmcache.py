@@ -21,7 +21,7 @@ from e2e.processes import slowed
 from e2e.reuse import Counted, Going, Reuse, cache, held_still, held_still_at
 from e2e.running import end_running_fleet
 from engines import EngineFailed, free_port
-from lmcache_servers import CHUNK, GO, STOP, LMCacheServer, holds_nothing_locked, is_written
+from lmcache_servers import CHUNK, LMCacheServer, holds_nothing_locked, is_written
 from models import smollm2, tiny
 from sequential_proxy import SequentialProxy
 
@@ -164,8 +164,11 @@ def test_of_what_a_router_had_prefilled_only_what_lmcache_has_not_is_fetched(sha
     with SequentialProxy(shared.prefill.url, shared.decode.url) as router:
         got = Engine(router.url, shared.decode.model).complete(prompt, cache_salt=salt)
     whole = tokens == 5 * CHUNK
-    assert counted("store_hit_tokens", "wire_tokens") == ((319, 0) if whole else (320, 479))
-    assert counted("offered") == (0 if whole else 1,)
+    loaded, received, moved_bytes, offers = counted("store_hit_tokens", "wire_tokens", "raw_bytes", "offered")
+    assert loaded + received == tokens - 1
+    assert loaded >= 5 * CHUNK - 1, "or more: what P has just stored is in the folder that both servers share"
+    assert moved_bytes == received * TINY_TOKEN_BYTES
+    assert offers == (0 if whole else 1)
     drops = shared.prefill.when(is_quiet)["prefill"]["drops"]
     assert "hold_expired" not in drops
     assert drops.get("prefix_held", 0) - before == whole, "P lets go of it at once, long before its lease ends"
@@ -228,11 +231,8 @@ def test_a_server_that_does_not_answer_costs_its_deadline_and_its_late_answer_is
     shared.forget()
     local = shared.local(prompt)
     counted = shared.count()
-    os.kill(shared.store_d.pid, STOP)
-    try:
+    with shared.store_d.hanging():
         got = shared.decode.complete(prompt, cache_salt="late")
-    finally:
-        os.kill(shared.store_d.pid, GO)
     assert same_tokens(got, local)
     assert counted("store_hit_tokens") == (0,)
 
@@ -348,7 +348,7 @@ def test_another_model_finds_nothing(shared: Reuse, smol: tuple[Engine, LMCacheS
 
 
 def test_kv_that_was_int8_in_the_second_tier_predicts_what_kv_predicts(
-    shared: Reuse, smol: tuple[Engine, LMCacheServer], record_property: Any
+    shared: Reuse, smol: tuple[Engine, LMCacheServer]
 ) -> None:
     engine, server = smol
     compared = []
@@ -366,9 +366,7 @@ def test_kv_that_was_int8_in_the_second_tier_predicts_what_kv_predicts(
             lambda prefix, salt=f"int8-{number}": top_logprobs(engine, prefix, salt),
         )
         assert counted("store_hit_tokens") == (4 * CHUNK,), "once; then it is in the engine's own prefix cache"
-    mean_kl, agreement = assert_predicts_the_same(compared)
-    record_property("mean_kl", mean_kl)
-    record_property("top1_agreement", agreement)
+    assert_predicts_the_same(compared)
 
 
 def test_without_its_server_an_engine_does_not_start(tmp_path: Path) -> None:

@@ -321,14 +321,11 @@ def test_a_server_that_hangs_costs_the_deadline_and_its_late_answer_is_given_bac
     engine.serve(tokens, seed=8)
     request = engine.request(tokens)
     before = engine.steps
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
+    with server.hanging():
         assert engine.looked_up(request) == 0
         assert engine.totals["lookup_timeout"] == 1
         assert engine.steps - before >= 10, "the engine's steps go on while one request waits"
         engine.allocate(request, 0)
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
     engine.step(request, 300)
     engine.until(lambda _: not engine.scheduler.snapshot()["unanswered_lookups"])
     server.when(holds_nothing_locked)

@@ -24,7 +24,7 @@ TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # tiny: layers × sides × heads × head_dim �
 CLASSES = {
     "high": {"ttft_slo_s": 600.0},
     "normal": {"ttft_slo_s": 600.0},
-    "low": {"ttft_slo_s": 0.6, "degrade": ["max_tokens:4"]},
+    "low": {"ttft_slo_s": 1.0, "degrade": ["max_tokens:4"]},
 }
 TRANSFER = {
     "codec": "raw",
@@ -102,7 +102,7 @@ class Fleet:
 def settings(side_port: int, **more: Any) -> dict[str, Any]:
     """A settings file's content."""
     return {
-        "side_channel": {"port": side_port},
+        "side_channel": {"port": side_port, "peer_timeout_s": 8.0},  # servers that spin on two cores starve each other
         "transfer": TRANSFER,
         "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
         "policy": {"offload": "threshold"},

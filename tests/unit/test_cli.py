@@ -165,6 +165,16 @@ def test_keygen_writes_secrets_for_the_owner_only(tmp_path: Path, options: list[
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "keys").glob("*.key")} == {0o600}
 
 
+def test_keygen_begins_a_rotation_with_a_server_pair_beside_the_one_in_use(tmp_path: Path) -> None:
+    disagg("keygen", tmp_path / "keys", "--fleet")
+    before = (tmp_path / "keys" / "server.key").read_text()
+    code, out, _ = disagg("keygen", tmp_path / "keys", "--next")
+    assert code == 0
+    assert "server-next.pub" in out
+    assert (tmp_path / "keys" / "server.key").read_text() == before
+    assert (tmp_path / "keys" / "server-next.key").stat().st_mode & 0o777 == 0o600
+
+
 def test_keygen_replaces_secrets_only_when_forced(tmp_path: Path) -> None:
     disagg("keygen", tmp_path / "keys")
     before = (tmp_path / "keys/server.key").read_bytes()

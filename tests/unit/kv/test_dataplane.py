@@ -357,6 +357,53 @@ def test_suspending_twice_or_what_is_not_open_is_only_counted(rig, opened):
     assert len(report.receive_suspended) == opened
 
 
+def test_an_answer_that_was_lost_is_asked_for_again(manual):
+    """The chunk's transfer is over by then; its slot is not lost with it."""
+    manual.begin()
+    manual.run(2)
+    for write in list(manual.network.pending):
+        manual.network.deliver(write, notify=False)  # the data landed, D was never told
+    manual.p.apply([DropSend(ID, "test")])
+    manual.now += 11.0
+    manual.run(3)
+    assert manual.p.counters()["slots_quarantined"] > 0
+    manual.d.apply([AbandonReceive("r", "test")])
+    manual.now += 11.0
+    manual.run(3)
+    assert manual.d.counters()["late"] > 0
+    assert manual.p.counters()["slots_quarantined"] == 0
+    manual.assert_idle()
+
+
+def test_a_peer_that_never_answers_is_introduced_again_and_its_slots_are_free(manual):
+    manual.begin()
+    manual.run(2)
+    for write in list(manual.network.pending):
+        manual.network.deliver(write, notify=False)
+    for _ in range(6):
+        manual.now += 11.0
+        manual.p.pump_once()
+        manual.network.agents[manual.d.endpoint.agent_name].notifications.clear()  # nothing gets through
+        manual.step("p")
+    counters = manual.p.counters()
+    assert (counters["slots_quarantined"], counters["slots_in_use"], counters["reintroductions"]) == (0, 0, 1)
+    manual.run(4)
+    manual.d.apply([AbandonReceive("r", "test")])
+    manual.run(2)
+    manual.assert_idle()
+
+
+def test_a_peer_that_goes_on_asking_is_introduced_again(rig):
+    rig.begin()
+    rig.run()
+    (p_name, d_name) = (rig.planes[engine].endpoint.agent_name for engine in "pd")
+    asked = Notification(Kind.CHUNK, 0, 0, 0, NONCE, 4000).pack()
+    for _ in range(3):
+        rig.network.agents[d_name].notifications.append((p_name, asked))
+        rig.pump(1)
+    assert rig.d.counters()["reintroductions"] == 1
+
+
 def replace_ids(command: OpenReceive) -> OpenReceive:
     return replace(command, transfer_id=b"transfer-0000002", nonce=0xBEEF)
 

@@ -57,12 +57,6 @@ def test_what_is_not_supported_is_refused_by_its_flag(change: dict[str, Any], na
     assert problem.startswith(named)
 
 
-@pytest.mark.parametrize(("role", "refused"), [("prefill", True), ("decode", False)])
-def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.Role, refused: bool) -> None:
-    problem = launch.unsupported_arguments(role, SimpleNamespace(**{**ARGUMENTS, "enable_lmcache": True}), {})
-    assert (problem is not None) is refused
-
-
 def test_the_rust_server_is_refused_by_its_variable() -> None:
     problem = launch.unsupported_arguments("prefill", SimpleNamespace(**ARGUMENTS), {"SGLANG_RUST_SERVER": "1"})
     assert problem is not None
@@ -127,9 +121,24 @@ def test_early_rejection_brings_priorities_unless_the_operator_has_a_say_in_it(
         assert fields["schedule_low_priority_values_first"], "as vLLM does, and as the classes' numbers are"
 
 
-def test_lmcache_is_refused_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("role", "refused"), [("prefill", True), ("decode", False)])
+def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.Role, refused: bool) -> None:
+    problem = launch.unsupported_arguments(role, SimpleNamespace(**{**ARGUMENTS, "enable_lmcache": True}), {})
+    assert (problem is not None) is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}", r"cache\.lmcache: vLLM engines only"),
+        ("router: {allowed_hosts: [10.0.0.0/8]}", "router: vLLM engines only"),
+    ],
+)
+def test_settings_that_only_vllm_has_a_use_for_are_refused_not_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, named: str
+) -> None:
     config = tmp_path / "disagg.yaml"
-    config.write_text("cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}\n")
+    config.write_text(f"{line}\n")
     monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
-    with pytest.raises(ConfigError, match=r"cache\.lmcache: vLLM engines only"):
+    with pytest.raises(ConfigError, match=named):
         launch.settings_for("decode")
