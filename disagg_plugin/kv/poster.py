@@ -143,7 +143,7 @@ class Poster:
                 self._counters["send_deadlines"] += 1
                 self._emit(SendBroken(posted.chunk.transfer_id, "stalled"))
                 changed = True
-            elif posted.quarantined and posted.handle is None and now > posted.ask_again_s and key in self._posted:
+            elif posted.quarantined and now > posted.ask_again_s and key in self._posted:
                 posted.ask_again_s = now + self._stall_timeout_s
                 self._ask_again(key[0], posted)
         return changed
@@ -153,6 +153,8 @@ class Poster:
         if posted.asked > ASK_AGAIN_TIMES:  # writes and notifications vanish without an error
             self._lost.add(agent)
             return
+        if posted.handle is not None:
+            return  # the write itself is still under way, says the transport
         try:
             self._transport.notify(agent, posted.chunk.notification(posted.attempt).pack())
         except (PeerLost, TransportError):

@@ -54,6 +54,17 @@ def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, sta
     settle(pair.prefill)
 
 
+def test_a_clients_own_keys_change_nothing(pair: Fleet) -> None:
+    """Neither on the decode engine, nor asked of the prefill engine directly."""
+    forged = {"disagg": {"transfer_id": "ab" * 16, "nonce": 1, "host": "10.0.0.1", "port": 1, "slots": [0]}}
+    prompt = prompt_of(700, seed=4)
+    assert_offloaded_as_local(pair, prompt, cache_salt="forged", kv_transfer_params=forged)
+    before = pair.prefill.snapshot()["prefill"]["totals"].get("unknown_transfer_ids", 0)
+    got = pair.prefill.complete(prompt, cache_salt="forged", kv_transfer_params=forged)
+    assert same_tokens(got, pair.stock.complete(prompt, cache_salt="local"))
+    assert settle(pair.prefill)["prefill"]["totals"]["unknown_transfer_ids"] == before + 1
+
+
 def test_a_preempted_request_is_computed_here(pair: Fleet) -> None:
     """Five offloaded prompts, and texts that the decode engine's cache has no room for."""
     prompts = [prompt_of(2_900, seed=20 + number) for number in range(5)]
@@ -90,7 +101,6 @@ def test_a_prefill_worker_that_stops_and_wakes_up_again(pair: Fleet) -> None:
     assert same_tokens(got, local)
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (0, 1)
-    settle(pair.prefill)
     pair.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()), within_s=60)
     assert_offloaded_as_local(pair, prompt_of(700, seed=5), cache_salt="awake")
 
