@@ -16,8 +16,8 @@ for high and 20 x for low, TPOT 8 x for both.
     served_ratio      requests served per second, over the capacity
     refused_share     of all requests
     high_missed       how many high ones were refused, and how many of the others missed which SLO
-    false_refusals    every fifteenth refused one is sent again at once, as one that must not be refused, in its own
-                      class: the share of those that then met both SLOs
+    false_refusals    every fifteenth of those refused is served all the same (``refused_probe``): the share of these
+                      that met both SLOs
 """
 
 import argparse
@@ -34,16 +34,15 @@ from typing import Any
 
 import aiohttp
 from real_pair import DisaggPair, fresh_prompt, start_disagg_pair
+from refused_probe import NAME, install
 
 TOKENS_OUT = 16
 TTFT_MULTIPLES = {"high": 10.0, "low": 20.0}
 TPOT_MULTIPLE = 8.0
 HIGH_SHARE = 0.3
-PROBE_EACH = 15
 PROMPT_TOKENS = (1_500, 2_500)
 CLIENTS = 24
 PRIORITY = {"high": 0, "low": 1}
-MUST_NOT_REFUSE = {"do_remote_prefill": True}  # which this connector reads nowhere else
 
 
 @dataclass
@@ -69,30 +68,23 @@ class Load:
         self._url = f"{url}/v1/completions"
         self._model = model
         self._classes = classes
-        self._refusals = 0
 
-    async def one(self, service_class: str, prompt: list[int] | None = None) -> Outcome:
-        """One streamed request; after some refusals, the same again as a probe."""
-        probe = prompt is not None
-        prompt = prompt or fresh_prompt(random.randint(*PROMPT_TOKENS))
+    async def one(self, service_class: str) -> Outcome:
+        """One streamed request; a probe counts as refused, with the times that it was served in."""
+        prompt = fresh_prompt(random.randint(*PROMPT_TOKENS))
         body: dict[str, Any] = {"model": self._model, "prompt": prompt, "max_tokens": TOKENS_OUT, "temperature": 0}
         body |= {"ignore_eos": True, "stream": True}
         if self._classes:
             body["priority"] = service_class
-        if probe:
-            body["kv_transfer_params"] = MUST_NOT_REFUSE
         started_s = time.monotonic()
         async with self._session.post(self._url, json=body) as response:
             if response.status == 429:
-                self._refusals += 1
-                if self._refusals % PROBE_EACH == 0:
-                    again = await self.one(service_class, prompt)
-                    return Outcome(service_class, True, True, again.ttft_s, again.tpot_s)
                 return Outcome(service_class, refused=True)
             response.raise_for_status()
+            probe = "x-disagg-degraded" in response.headers
             arrivals = [time.monotonic() async for line in response.content if line.startswith(b"data: {")]
         tpot_s = (arrivals[-1] - arrivals[0]) / max(1, len(arrivals) - 1)
-        return Outcome(service_class, probe=probe, ttft_s=arrivals[0] - started_s, tpot_s=tpot_s)
+        return Outcome(service_class, probe, probe, arrivals[0] - started_s, tpot_s)
 
     async def open_loop(self, per_s: float, seconds: float) -> tuple[list[Outcome], float]:
         """Outcomes, and the seconds until the last one was there."""
@@ -157,7 +149,7 @@ def settings(policy: str, offload: str, slo: dict[str, tuple[float, float]]) -> 
         name: {"ttft_slo_s": slo[name][0], "tpot_slo_s": slo[name][1], "priority": PRIORITY[name]} for name in PRIORITY
     }
     qos = {"enable_early_rejection": True, "classes": classes, "default_class": "high"}
-    return {"qos": qos, "policy": {**policies, "admission": policy}}
+    return {"qos": qos, "policy": {**policies, "admission": [NAME, policy]}}
 
 
 async def measure(pair: DisaggPair, model: str, policy: str, seconds: float, known: dict[str, Any]) -> None:
@@ -201,7 +193,9 @@ def main() -> None:
             own = settings(
                 policy, arguments.offload, known.get("slo", {})
             )  # the prefill engine's, too: it orders by priority as well
-            pair = start_disagg_pair(stack, Path(folder), model, decode=own, prefill=own)
+            env = {**install(Path(folder)), "PROBED_POLICY": policy} if policy != "none" else {}
+            prefill = {**own, "policy": {"offload": arguments.offload}}
+            pair = start_disagg_pair(stack, Path(folder), model, decode=own, prefill=prefill, env=env)
             asyncio.run(measure(pair, model, policy, arguments.seconds, known))
         for run in {policy, *(["normal_load"] if policy == "projected" else [])}:
             print(run, json.dumps(known[run]), flush=True)

@@ -26,7 +26,7 @@ from sequential_proxy import SequentialProxy
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 HOLD_S = 2.0
-P_BLOCKS, P_BLOCK = 44, 64
+P_BLOCKS, P_BLOCK = 66, 64  # one prompt of the longest kind at a time
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}  # /reset_prefix_cache, /pause, /resume
 

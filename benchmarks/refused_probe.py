@@ -1,0 +1,56 @@
+"""An admission policy for ``overload.py``: as the built-in one, but every n-th refusal is served all the same.
+
+What is served so is marked by a degradation that the client sees (``x-disagg-degraded``) and that costs one output
+token. The built-in is named by the environment variable ``PROBED_POLICY``.
+"""
+
+import os
+from pathlib import Path
+
+from disagg_plugin.hookspecs import PolicyParameters, hookimpl
+from disagg_policies import admission
+from disagg_policies.admission_snapshots import Admission, AdmissionSnapshot, Admitted, Refused
+
+EACH = 15
+NAME = "refused_probe"
+STEP = "max_tokens:15"
+
+_refused = 0
+_early: set[tuple[str, int]] = set()  # probes between the two stages, by class and prompt length
+
+
+@hookimpl
+def disagg_admit(snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> Admission:
+    """See the module."""
+    global _refused
+    answer = _probed(snapshot, parameters)
+    if isinstance(answer, Admitted):
+        return answer
+    key = (snapshot.request.service_class, snapshot.request.prompt_tokens)
+    if key in _early:
+        _early.discard(key)
+        return Admitted("probe", (STEP,), answer.level, answer.ttft_s, answer.tpot_s, answer.pressure)
+    _refused += 1
+    if _refused % EACH:
+        return answer
+    _early.add(key)
+    return Admitted("probe", (STEP,), answer.level, answer.ttft_s, answer.tpot_s, answer.pressure)
+
+
+def _probed(snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> Admitted | Refused:
+    reject, threshold_s = parameters.reject_on_slo_violation, parameters.low_priority_threshold_s
+    if os.environ["PROBED_POLICY"] == "current_queue":
+        return admission.current_queue(
+            snapshot, reject_on_slo_violation=reject, low_priority_threshold_s=threshold_s or 0.5
+        )
+    return admission.projected(snapshot, reject_on_slo_violation=reject, low_priority_threshold_s=threshold_s)
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Make the policy known to engines that are started with the environment returned here."""
+    (folder / f"{NAME}.py").write_text(Path(__file__).read_text())
+    info = folder / f"{NAME}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[disagg]\n{NAME} = {NAME}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
