@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from faults.harness import EngineProcess, Fleet, Front, eventually
 
-ENDS_WITHIN_S = 20.0  # several deadlines in a row, on a busy machine
+ENDS_WITHIN_S = 60.0  # several deadlines in a row, on a machine that does other things as well
 ENDED = ("finished", "aborted")
 PAUSES_S = (0.0, 0.005, 0.02, 0.1)
 

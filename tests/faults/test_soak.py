@@ -5,7 +5,7 @@ from faults.conftest import Fleets
 from faults.soak import Soak
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_nothing_is_lost_hung_wrong_or_leaked(fleets: Fleets) -> None:
     with fleets.lent("two") as fleet:
         fleet.engines["p2"].gates(load=0)
