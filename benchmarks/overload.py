@@ -164,6 +164,8 @@ async def measure(pair: DisaggPair, model: str, policy: str, seconds: float, kno
             known["slo"] = {name: (ttft_s * times, tpot_s * TPOT_MULTIPLE) for name, times in TTFT_MULTIPLES.items()}
             known["capacity_per_s"] = await load.closed_loop(seconds / 2)
             known["unloaded"] = {"ttft_s": round(ttft_s, 4), "tpot_s": round(tpot_s, 4)}
+        else:
+            await load.closed_loop(seconds / 2)  # the first one's was one as well: models are fitted, memory is touched
         capacity = known["capacity_per_s"]
         if policy == "projected":
             outcomes, took_s = await load.open_loop(0.8 * capacity, seconds)
