@@ -223,6 +223,11 @@ def test_preempted_requests_with_both_loads_say_what_they_would_have_said(shared
     metrics = shared.decode.http.get(f"{shared.decode.url}/metrics").text
     preemptions = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
     assert float(preemptions[0].rsplit(" ", 1)[1]) >= 1, "four prompts and their texts are more than D has room for"
+    tiers = [line for line in metrics.splitlines() if line.startswith("disagg_prefix_tokens_total{")]
+    assert [line for line in tiers if 'tier="lmcache"' in line and float(line.rsplit(" ", 1)[1]) >= 4 * 640], tiers
+    assert [
+        line for line in metrics.splitlines() if line.startswith("disagg_lmcache_active{") and line.endswith(" 1.0")
+    ]
 
 
 def test_a_server_that_does_not_answer_costs_its_deadline_and_its_late_answer_is_given_back(shared: Reuse) -> None:
