@@ -283,9 +283,14 @@ class DataPlane:
             send_failed=_take(sent.failed),
             receive_timings=_take(received.timings),
             send_timings=_take(sent.timings),
-            busy=self._stager.busy or self._scatter.busy,
+            busy=self._stager.busy or self._scatter.busy or self._owed,
             counters=self.counters(),
         )
+
+    @property
+    def _owed(self) -> bool:
+        """Chunks of ended transfers are under way: only a step of the engine hears of their slots and buffers."""
+        return self._stager.slots_in_use > self._pump.quarantined or self._memory.buffers.in_use > 0
 
     def counters(self) -> dict[str, float]:
         """Counts since the start and current gauges; see the module."""

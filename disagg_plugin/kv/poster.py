@@ -79,12 +79,13 @@ class Poster:
 
     @property
     def waiting(self) -> int:
-        """Chunks within their deadline: answers are expected soon."""
-        return sum(not posted.quarantined for posted in self._posted.values())
+        """Chunks within their deadline: answers are expected soon. Any thread may ask."""
+        return sum(not posted.quarantined for posted in list(self._posted.values()))
 
     @property
     def quarantined(self) -> int:
-        return len(self._posted) - self.waiting
+        """Chunks past their deadline. Any thread may ask."""
+        return sum(posted.quarantined for posted in list(self._posted.values()))
 
     def connect(self, link: SendLink) -> None:
         self._links[link.agent] = link

@@ -231,6 +231,41 @@ def test_an_empty_range_is_complete_at_once(rig):
     rig.assert_idle()
 
 
+def test_what_is_under_way_when_its_transfer_ends_keeps_both_engines_stepping(manual):
+    """Otherwise an idle engine never hears that the slots and buffers are free again."""
+    manual.begin()
+    manual.step("p")
+    manual.pump()
+    manual.network.deliver(manual.network.pending[0])
+    manual.d.pump_once()
+    manual.p.apply([DropSend(ID, "aborted")])
+    manual.d.apply([AbandonReceive("r", "aborted")])
+    manual.step("p")
+    assert manual.reports["p"][-1].busy
+    manual.network.manual = False
+    while manual.network.pending:
+        manual.network.deliver(manual.network.pending[0])
+    manual.pump()
+    steps = 0
+    while any(manual.planes[engine].report().busy for engine in "pd"):
+        manual.run(1)
+        steps += 1
+        assert steps < 10
+    manual.assert_idle()
+
+
+def test_a_slot_that_nobody_answers_for_keeps_no_engine_stepping(manual):
+    manual.begin()
+    manual.step("p")
+    manual.pump()
+    manual.p.apply([DropSend(ID, "aborted")])
+    manual.now += SETTINGS.stall_timeout_s + 1
+    manual.p.pump_once()
+    manual.step("p")
+    assert manual.p.counters()["slots_quarantined"] > 0
+    assert not manual.reports["p"][-1].busy
+
+
 @pytest.mark.parametrize("at", range(0, 4000, 333))
 def test_a_damaged_chunk_is_sent_once_more(manual, at):
     manual.begin()
