@@ -66,10 +66,15 @@ def test_a_clients_own_keys_change_nothing(pair: Fleet) -> None:
 
 
 def test_a_preempted_request_is_computed_here(pair: Fleet) -> None:
-    """Five offloaded prompts, and texts that the decode engine's cache has no room for."""
+    """Five offloaded prompts, and texts that the decode engine's cache has no room for.
+
+    The prefill engine has computed the prompts before, so that all five arrive before a text is long.
+    """
     prompts = [prompt_of(2_900, seed=20 + number) for number in range(5)]
     texts = {"max_tokens": 700}
     local = at_once([lambda p=p: pair.stock.complete(p, cache_salt="local", **texts) for p in prompts])
+    for number, prompt in enumerate(prompts):
+        pair.prefill.complete(prompt, cache_salt=f"preempt-{number}", max_tokens=1)
     counted, before = Offloads(pair.decode), preemptions(pair.decode)
     calls = [
         lambda prompt=prompt, number=number: pair.decode.complete(prompt, cache_salt=f"preempt-{number}", **texts)
