@@ -9,31 +9,23 @@ To SGLang an offloaded request is one that waited a little and then found most o
 grammars, logprobs, streaming and aborts are its own, and a transfer that fails costs only what did not land.
 """
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.common import evict_from_tree_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
-
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView, Route
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.prefill_workers import PrefillWorkers
-from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import Command, RankReport
 from disagg_plugin.kv.dataplane import Completions
 from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_sglang.support import local_only_reason, routing_of
+from disagg_sglang.tree_pages import Reserved, TreePages, key_of
 
 logger = logging.getLogger(__name__)
 
-# what is called of SGLang's prefix cache, with so many arguments: it has several implementations
-_TREE_CALLS = {"match_prefix": 1, "insert": 1, "lock": 1, "unlock": 1, "path_device_indices": 1, "evictable_size": 0}
 MAX_UNKNOWN_ROUTES = 16  # that are named in the log: they come from clients
 
 Enqueue = Callable[[], None]
@@ -56,11 +48,8 @@ class _Receiving:
 
     req: Any
     enqueue: Enqueue | None
-    prefix_slots: torch.Tensor
-    new_slots: torch.Tensor
-    pages: tuple[int, ...]
+    reserved: Reserved
     end_token: int
-    lock: Any
 
 
 class PromptFill:
@@ -72,10 +61,7 @@ class PromptFill:
             ConfigError: The engine's prefix cache has not the calls that are needed.
         """
         self._scheduler = scheduler
-        self._tree = scheduler.tree_cache
-        _require_calls(self._tree)
-        self._allocator = scheduler.token_to_kv_pool_allocator
-        self._page = int(self._allocator.page_size)
+        self._cache = TreePages(scheduler)
         self._decode = decode
         self._workers = workers
         self._queue = queue
@@ -180,10 +166,9 @@ class PromptFill:
     def give_up(self) -> None:
         """The data plane is closed, nothing lands any more: what waits here is computed here."""
         for fill in self._receiving.values():
-            self._allocator.free(fill.new_slots)
-            self._tree.unlock(fill.lock)
+            self._cache.cancel(fill.reserved)
         for _, lock in self._queued:
-            self._tree.unlock(lock)
+            self._cache.tree.unlock(lock)
         held = [waiting.enqueue for waiting in self._waiting.values()]
         held += [fill.enqueue for fill in self._receiving.values() if fill.enqueue is not None]
         self._waiting, self._receiving, self._running, self._queued = {}, {}, {}, []
@@ -222,7 +207,7 @@ class PromptFill:
             still = set()
         for req, lock in self._queued:
             if id(req) not in still:
-                self._tree.unlock(lock)
+                self._cache.tree.unlock(lock)
         self._queued = [(req, lock) for req, lock in self._queued if id(req) in still]
 
     def _forget_ended(self) -> None:
@@ -237,7 +222,7 @@ class PromptFill:
     def _ask(self, waiting: _Waiting) -> PrefillLocally | NotYet | Claim:
         if waiting.landings != self._landings:  # perhaps of a prompt that begins like this one
             waiting.landings, (waiting.cached_tokens, _) = self._landings, self._match(waiting.req)
-        free_tokens = int(self._allocator.available_size() + self._tree.evictable_size())
+        free_tokens = self._cache.free_tokens()
         answer = self._decode.match(waiting.prompt, waiting.cached_tokens, free_tokens=free_tokens)
         self._queue.landing(waiting.req.rid, not isinstance(answer, PrefillLocally))
         return answer
@@ -275,9 +260,7 @@ class PromptFill:
 
     def _match(self, req: Any) -> tuple[int, Any]:
         """(tokens of the prompt that the prefix cache holds, the node where they end)."""
-        key = _key(req, len(req.origin_input_ids) - 1)
-        result = self._tree.match_prefix(MatchPrefixParams(key=key.page_aligned(self._page)))
-        return int(result.device_prefix_len), result.last_device_node
+        return self._cache.match(key_of(req, len(req.origin_input_ids) - 1))
 
     def _begin(self, waiting: _Waiting) -> None:
         """Pages for what is missing; if there are none right now, the next turn asks again."""
@@ -288,52 +271,24 @@ class PromptFill:
             if not isinstance(self._ask(waiting), Claim):
                 return
         end = len(req.origin_input_ids) - 1
-        lock = self._tree.lock(node)
-        prefix_slots = self._tree.path_device_indices(node)[:cached].clone()
-        needed = -(-(end - cached) // self._page) * self._page
-        evict_from_tree_cache(self._tree, needed)
-        new_slots = self._allocator.alloc(needed)
-        if new_slots is None:
-            self._tree.unlock(lock)
+        reserved = self._cache.reserve(key_of(req, end), (cached, node), end)
+        if reserved is None:
             return
-        slots = torch.cat([prefix_slots, new_slots])
-        pages = tuple((slots[:: self._page] // self._page).tolist())
         del self._waiting[req.rid]
-        self._receiving[req.rid] = _Receiving(req, waiting.enqueue, prefix_slots, new_slots, pages, end, lock)
-        self._decode.allocated(req.rid, pages, end - cached)
+        self._receiving[req.rid] = _Receiving(req, waiting.enqueue, reserved, end)
+        self._decode.allocated(req.rid, reserved.pages, end - cached)
 
     def _insert(self, fill: _Receiving, invalid: frozenset[int]) -> None:
         """Give what landed to the prefix cache and the rest back, then let the request be queued."""
-        cached, page = len(fill.prefix_slots), self._page
-        first_new = cached // page
-        good = next((at for at in range(first_new, len(fill.pages)) if fill.pages[at] in invalid), len(fill.pages))
+        reserved, page = fill.reserved, self._cache.page
+        first_new = reserved.cached_tokens // page
+        pages = reserved.pages
+        good = next((at for at in range(first_new, len(pages)) if pages[at] in invalid), len(pages))
         good = first_new if self._stopped else good
-        tokens = min(good, fill.end_token // page) * page
-        if tokens > cached:
-            slots = torch.cat([fill.prefix_slots, fill.new_slots])[:tokens].to(torch.int64)
-            params = InsertParams(key=_key(fill.req, tokens), value=slots, prev_prefix_len=cached)
-            lock = self._tree.lock(self._tree.insert(params).last_device_node)
-            self._tree.unlock(fill.lock)
-            fill.lock = lock
-            self._landings += 1
-        left = fill.new_slots[max(tokens - cached, 0) :]
-        if len(left):
-            self._allocator.free(left)
+        self._landings += self._cache.publish(reserved, min(good, fill.end_token // page) * page)
         if fill.enqueue is None:
-            self._tree.unlock(fill.lock)
+            self._cache.tree.unlock(reserved.lock)
             return
-        self._queued.append((fill.req, fill.lock))
+        self._queued.append((fill.req, reserved.lock))
         self._running[fill.req.rid] = fill.req
         fill.enqueue()
-
-
-def _require_calls(tree: Any) -> None:
-    for name, arguments in _TREE_CALLS.items():
-        try:
-            inspect.signature(getattr(tree, name)).bind(*[None] * arguments)
-        except (AttributeError, TypeError) as error:
-            raise ConfigError(f"disagg does not fit SGLang's prefix cache {type(tree).__name__}: {error}") from None
-
-
-def _key(req: Any, tokens: int) -> Any:
-    return RadixKey(req.origin_input_ids[:tokens], req.extra_key, cache_salt=req.cache_salt)

@@ -12,8 +12,8 @@ from contract.rig import GEOMETRY, PAGE, PAGES, SETTINGS, FakePort, new_plane
 
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.kv.slot_view import SlotView
 from disagg_plugin.testing import MemoryNetwork
-from disagg_sglang.kv_views import SlotView
 from disagg_sglang.prompt_fill import PromptFill
 
 
