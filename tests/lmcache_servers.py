@@ -39,7 +39,8 @@ class LMCacheServer:
         if serde:
             argv = [sys.executable, "-m", "disagg_lmcache.server"]
         else:
-            argv = [sys.executable, "-m", "lmcache.cli.main", "server"]
+            # SGLang's environment has what LMCache's client needs, not its server
+            argv = [os.environ.get("DISAGG_LMCACHE_PYTHON", sys.executable), "-m", "lmcache.cli.main", "server"]
         flags = f"--host 127.0.0.1 --port {self.port} --http-host 127.0.0.1 --http-port {self.http_port}"
         flags += f" --chunk-size {chunk} --l1-size-gb {l1_gb} --no-l1-use-lazy"
         flags += " --eviction-policy LRU --supported-transfer-mode auto"

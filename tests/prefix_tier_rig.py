@@ -47,21 +47,24 @@ class Pages:
     free: list[int] = field(default_factory=lambda: list(range(1, PAGES)))
     held: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
-    def best(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        wanted = tuple(tokens)
-        return max((t for t in self.held if wanted[: len(t)] == t), key=len, default=())
+    def match(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The pages of what it holds of these tokens."""
+        found: tuple[int, ...] = ()
+        for held, pages in self.held.items():
+            same = next((at for at, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), len(held))
+            found = max(found, pages[: min(same, len(tokens)) // PAGE], key=len)
+        return found
 
     def cached_tokens(self, prompt: ExportedPrompt) -> int:
-        return len(self.best(prompt.prompt[:-1]))
+        return len(self.match(prompt.prompt[:-1])) * PAGE
 
     def reserve(self, prompt: ExportedPrompt, end: int) -> Room | None:
-        cached = self.best(prompt.prompt[:end])
-        count = (end - len(cached)) // PAGE
+        cached = self.match(prompt.prompt[:end])
+        count = end // PAGE - len(cached)
         if count > len(self.free):
             return None
         taken, self.free = self.free[:count], self.free[count:]
-        pages = (*self.held.get(cached, ()), *taken)
-        return Room(pages, len(cached), tuple(prompt.prompt[:end]))
+        return Room((*cached, *taken), len(cached) * PAGE, tuple(prompt.prompt[:end]))
 
     def publish(self, room: Room, end: int) -> None:
         self.held[room.tokens[:end]] = room.pages
@@ -100,13 +103,13 @@ class Engine:
         return computed
 
     def compute(self, prompt: Prompt, *, seed: int, step_tokens: int) -> int:
-        cached = self.cache.best(prompt.prompt[:-1])
-        count = -(-len(prompt.prompt) // PAGE) - len(cached) // PAGE
-        pages = (*self.cache.held.get(cached, ()), *self.cache.free[:count])
+        cached = self.cache.match(prompt.prompt[:-1])
+        count = -(-len(prompt.prompt) // PAGE) - len(cached)
+        pages = (*cached, *self.cache.free[:count])
         self.cache.free = self.cache.free[count:]
         fresh = DenseView(GEOMETRY, blocks=PAGES, block_size=PAGE)
         fresh.fill(pages, seed, tokens=len(prompt.prompt))
-        at = len(cached)
+        first = at = len(cached) * PAGE
         while at < len(prompt.prompt):
             upto = min(at + step_tokens, len(prompt.prompt))
             for layer in range(GEOMETRY.layers):
@@ -120,12 +123,12 @@ class Engine:
         whole = len(prompt.prompt) // PAGE
         self.cache.held[tuple(prompt.prompt[: whole * PAGE])] = pages[:whole]
         self.cache.free += pages[whole:]
-        return len(prompt.prompt) - len(cached)
+        return len(prompt.prompt) - first
 
     def kv_of(self, prompt: Sequence[int]) -> torch.Tensor:
         """What the engine's cache holds of it."""
-        tokens = self.cache.best(prompt)
-        return self.view.read(self.cache.held[tokens], 0, len(tokens))
+        pages = self.cache.match(prompt)
+        return self.view.read(pages, 0, len(pages) * PAGE)
 
     def stored(self, chunks: int) -> bool:
         return int(self.totals.get("stored_chunks", 0)) >= chunks

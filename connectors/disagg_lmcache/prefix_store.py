@@ -15,7 +15,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_THREADS = 4
 FETCH_BYTES = 64 << 20  # of one answer
+MAX_ORPHANS = 64
 BACKLOG_BYTES = 512 << 20  # of chunks that wait to be stored; what comes on top is not stored
 
 Connect = Callable[[], Client]
@@ -113,6 +114,7 @@ class PrefixStore:
         self._sessions = 0
         self._name = secrets.token_hex(8)  # the server keeps hashes by session: no two engines may ever share one
         self._questions: dict[str, _Question] = {}
+        self._orphans: deque[_Question] = deque(maxlen=MAX_ORPHANS)  # asked over a line that is no more
         self._puts: queue.SimpleQueue[_Put | None] = queue.SimpleQueue()
         self._backlog_bytes = 0
         self._wake = threading.Event()
@@ -286,7 +288,9 @@ class PrefixStore:
         if within_s <= 0 or question.dropped:
             return NOTHING
         session, tokens, salt = question.session, question.prompt[: question.end], question.salt
+        self._orphans.append(question)
         found = client.look_up(session, tokens, salt, within_s)
+        self._orphans.remove(question)
         self._count(lookup_timeout=int(found is None and not question.dropped))
         end, at = found or 0, question.start
         chunks: list[torch.Tensor] = []
@@ -358,6 +362,10 @@ class PrefixStore:
             with self._lock:
                 self._problem = str(error)
             return
+        while self._orphans:  # a server that was only slow has found them by now, and keeps them for us
+            question = self._orphans.popleft()
+            client.release(question.session, question.prompt[: question.end], question.salt, 0, question.end)
+            client.end(question.session)
         with self._lock:
             self._lines += 1
             again = self._lines > 1 or self._problem != "not connected yet"

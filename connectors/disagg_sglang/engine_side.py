@@ -23,6 +23,7 @@ from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.prompt_export import PromptExport
+from disagg_plugin.control.prompt_fill import PromptFill
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
@@ -32,10 +33,10 @@ from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.report_channel import ReportSender
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.snapshots import DecodeState
+from disagg_sglang.fill_engine import SchedulerQueue
 from disagg_sglang.identity import model_identity
 from disagg_sglang.kv_views import build_view
 from disagg_sglang.launch import REPORTS_VARIABLE
-from disagg_sglang.prompt_fill import PromptFill
 from disagg_sglang.tree_pages import ExportedPrefixes, Reserved, TreePages
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class EngineSide:
         if settings.qos.enable_early_rejection:
             self._stats.engine_state = self._engine_state
         self._reports = ReportSender(os.environ[REPORTS_VARIABLE])
-        self.fill: PromptFill | None = None
+        self.fill: PromptFill[Any, Reserved] | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
@@ -110,7 +111,7 @@ class EngineSide:
                 step_tokens=max(int(args.chunked_prefill_size or 0), 0) or DEFAULT_STEP_TOKENS,
                 journal=journal,
             )
-            self.fill = PromptFill(scheduler, self._decode, service.decode, self._queue)
+            self.fill = PromptFill(SchedulerQueue(scheduler, service.decode), self._decode, self._queue)
         if service.prefill is not None:
             self._prefill = PrefillSide(
                 settings, service.prefill, ranks=1, kv_capacity_tokens=capacity_tokens, journal=journal

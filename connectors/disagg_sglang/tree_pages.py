@@ -44,38 +44,38 @@ class TreePages:
         Raises:
             ConfigError: The engine's prefix cache has not the calls that are needed.
         """
-        self.tree = scheduler.tree_cache
+        self._tree = scheduler.tree_cache
         self._allocator = scheduler.token_to_kv_pool_allocator
-        self.page = int(self._allocator.page_size)
+        self.page_tokens = int(self._allocator.page_size)
         for name, arguments in _TREE_CALLS.items():
             try:
-                inspect.signature(getattr(self.tree, name)).bind(*[None] * arguments)
+                inspect.signature(getattr(self._tree, name)).bind(*[None] * arguments)
             except (AttributeError, TypeError) as error:
-                kind = type(self.tree).__name__
+                kind = type(self._tree).__name__
                 raise ConfigError(f"disagg does not fit SGLang's prefix cache {kind}: {error}") from None
 
     def free_tokens(self) -> int:
         """Room for so many, what can be evicted included."""
-        return int(self._allocator.available_size() + self.tree.evictable_size())
+        return int(self._allocator.available_size() + self._tree.evictable_size())
 
-    def match(self, key: Any) -> tuple[int, Any]:
+    def match_key(self, key: Any) -> tuple[int, Any]:
         """(tokens of ``key`` that the tree holds, the node where they end)."""
-        result = self.tree.match_prefix(MatchPrefixParams(key=key.page_aligned(self.page)))
+        result = self._tree.match_prefix(MatchPrefixParams(key=key.page_aligned(self.page_tokens)))
         return int(result.device_prefix_len), result.last_device_node
 
-    def reserve(self, key: Any, matched: tuple[int, Any], end: int) -> Reserved | None:
+    def reserve_key(self, key: Any, matched: tuple[int, Any], end: int) -> Reserved | None:
         """Pages for the first ``end`` tokens of ``key``, which ``matched`` just now; None: there are not so many."""
         cached, node = matched
-        lock = self.tree.lock(node)
-        prefix_slots = self.tree.path_device_indices(node)[:cached].clone()
-        needed = -(-max(end - cached, 0) // self.page) * self.page
-        evict_from_tree_cache(self.tree, needed)
+        lock = self._tree.lock(node)
+        prefix_slots = self._tree.path_device_indices(node)[:cached].clone()
+        needed = -(-max(end - cached, 0) // self.page_tokens) * self.page_tokens
+        evict_from_tree_cache(self._tree, needed)
         new_slots = self._allocator.alloc(needed)
         if new_slots is None:
-            self.tree.unlock(lock)
+            self._tree.unlock(lock)
             return None
         slots = torch.cat([prefix_slots, new_slots])
-        pages = tuple((slots[:: self.page] // self.page).tolist())
+        pages = tuple((slots[:: self.page_tokens] // self.page_tokens).tolist())
         return Reserved(key, prefix_slots, new_slots, pages, lock)
 
     def publish(self, reserved: Reserved, tokens: int) -> bool:
@@ -88,8 +88,8 @@ class TreePages:
         if tokens > cached:
             slots = torch.cat([reserved.prefix_slots, reserved.new_slots])[:tokens].to(torch.int64)
             params = InsertParams(key=reserved.key[:tokens], value=slots, prev_prefix_len=cached)
-            lock = self.tree.lock(self.tree.insert(params).last_device_node)
-            self.tree.unlock(reserved.lock)
+            lock = self._tree.lock(self._tree.insert(params).last_device_node)
+            self._tree.unlock(reserved.lock)
             reserved.lock = lock
         left = reserved.new_slots[max(tokens - cached, 0) :]
         if len(left):
@@ -100,7 +100,11 @@ class TreePages:
         """Nothing of it is used: new pages are free, the lock ends."""
         if len(reserved.new_slots):
             self._allocator.free(reserved.new_slots)
-        self.tree.unlock(reserved.lock)
+        self.unlock(reserved)
+
+    def unlock(self, reserved: Reserved) -> None:
+        """What the tree holds of it may be evicted."""
+        self._tree.unlock(reserved.lock)
 
 
 class ExportedPrefixes:
@@ -111,17 +115,17 @@ class ExportedPrefixes:
 
     def cached_tokens(self, prompt: ExportedPrompt) -> int:
         """See ``PrefixCache``."""
-        return self._pages.match(_key(prompt))[0]
+        return self._pages.match_key(_key(prompt))[0]
 
     def reserve(self, prompt: ExportedPrompt, end: int) -> Reserved | None:
         """See ``PrefixCache``."""
         key = _key(prompt)
-        return self._pages.reserve(key, self._pages.match(key), end)
+        return self._pages.reserve_key(key, self._pages.match_key(key), end)
 
     def publish(self, room: Reserved, end: int) -> None:
         """See ``PrefixCache``. Not locked: the request is queued in this turn; evicted before, it is computed."""
         self._pages.publish(room, end)
-        self._pages.tree.unlock(room.lock)
+        self._pages.unlock(room)
 
     def cancel(self, room: Reserved) -> None:
         """See ``PrefixCache``."""
