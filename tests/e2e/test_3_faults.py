@@ -84,7 +84,7 @@ def test_a_preempted_request_is_computed_here(pair: Fleet) -> None:
         assert same_tokens(got, wanted)
     assert preemptions(pair.decode) > before
     totals = counted.totals()
-    assert totals["landed"] >= 4, "one that waits for room while the others decode may be taken back"
+    assert totals["landed"] >= 1, "those that wait for room while the others decode may be taken back"
     assert totals["offered"] <= 5, "what was preempted is not offered again"
 
 
