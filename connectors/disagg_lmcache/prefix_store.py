@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 LOAD_THREADS = 4
 FETCH_BYTES = 64 << 20  # of one answer
 MAX_ORPHANS = 64
+CLOSE_S = 1.0  # that a thread may take to end; an engine may be serving on
 BACKLOG_BYTES = 512 << 20  # of chunks that wait to be stored; what comes on top is not stored
 
 Connect = Callable[[], Client]
@@ -114,7 +115,7 @@ class PrefixStore:
         self._sessions = 0
         self._name = secrets.token_hex(8)  # the server keeps hashes by session: no two engines may ever share one
         self._questions: dict[str, _Question] = {}
-        self._orphans: deque[_Question] = deque(maxlen=MAX_ORPHANS)  # asked over a line that is no more
+        self._orphans: deque[_Question] = deque(maxlen=MAX_ORPHANS)  # asked, and not answered
         self._puts: queue.SimpleQueue[_Put | None] = queue.SimpleQueue()
         self._backlog_bytes = 0
         self._wake = threading.Event()
@@ -220,7 +221,7 @@ class PrefixStore:
         self._loaders.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(timeout=self._settings.request_timeout_s)
+                thread.join(timeout=CLOSE_S)
         self._hang_up("closed", say=False)
 
     def figures(self) -> dict[str, object]:
@@ -290,7 +291,8 @@ class PrefixStore:
         session, tokens, salt = question.session, question.prompt[: question.end], question.salt
         self._orphans.append(question)
         found = client.look_up(session, tokens, salt, within_s)
-        self._orphans.remove(question)
+        with suppress(ValueError):  # it answered after another line was opened
+            self._orphans.remove(question)
         self._count(lookup_timeout=int(found is None and not question.dropped))
         end, at = found or 0, question.start
         chunks: list[torch.Tensor] = []
@@ -362,8 +364,8 @@ class PrefixStore:
             with self._lock:
                 self._problem = str(error)
             return
-        while self._orphans:  # a server that was only slow has found them by now, and keeps them for us
-            question = self._orphans.popleft()
+        for question in [self._orphans.popleft() for _ in range(len(self._orphans))]:
+            # a server that was only slow has found these by now, and keeps them for us
             client.release(question.session, question.prompt[: question.end], question.salt, 0, question.end)
             client.end(question.session)
         with self._lock:

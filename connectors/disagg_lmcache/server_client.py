@@ -65,15 +65,16 @@ class ServerClient:
         """
         if reason := unreachable_reason(settings):
             raise StoreFailed(reason)
-        import zmq
-        from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
-
         self._namespace = namespace
         self._timeout_s = settings.request_timeout_s
         self._instance = secrets.randbits(62)
-        self._context = zmq.Context()
-        self._context.linger = 0  # what a dead server was to be told must not keep us
-        self._requests: Any = RequestClientFactory.create(settings.url, context=self._context)
+        with _answers("its client"):
+            import zmq
+            from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
+
+            self._context = zmq.Context()
+            self._context.linger = 0  # what a dead server was to be told must not keep us
+            self._requests: Any = RequestClientFactory.create(settings.url, context=self._context)
         self._transfer: Any = None
         try:
             self.chunk_tokens = int(self._wait(self._requests.get_chunk_size(), "its chunk size"))

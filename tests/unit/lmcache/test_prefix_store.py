@@ -29,6 +29,7 @@ class Server:
     locked: int = 0
     ended: list[str] = field(default_factory=list)
     there: bool = True
+    slow: bool = False  # it does what it is asked to, and its answer is late
     answers: Event = field(default_factory=Event)
     asked: Event = field(default_factory=Event)
     connections: int = 0
@@ -58,6 +59,8 @@ class Line:
         while found + CHUNK <= len(tokens) and (salt, tuple(tokens[: found + CHUNK])) in self._server.held:
             found += CHUNK
         self._server.locked += found
+        if self._server.slow:
+            raise StoreFailed("no answer to a look-up")
         return found
 
     def fetch(self, session: str, tokens: Sequence[int], salt: str, start: int, end: int) -> list[torch.Tensor]:
@@ -206,6 +209,15 @@ def test_a_server_that_went_away_is_not_asked_until_it_is_back(store: PrefixStor
     server.there = True
     wait(lambda: store.problem == "")
     assert ask(store).end == 5 * CHUNK
+
+
+def test_what_a_slow_server_finds_too_late_is_not_kept_there(store: PrefixStore, server: Server) -> None:
+    put_all(store, server)
+    server.slow = True
+    assert ask(store) == NOTHING
+    server.slow = False
+    wait(lambda: store.problem == "" and server.connections == 2)
+    assert server.locked == 0
 
 
 def test_what_waits_for_a_server_that_was_replaced_is_not_stored(store: PrefixStore, server: Server) -> None:
