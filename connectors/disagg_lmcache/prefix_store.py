@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_THREADS = 4
 FETCH_BYTES = 64 << 20  # of one answer
+KEPT_S = 120.0  # that the server keeps what was found for us; its --l1-read-ttl-seconds, 300, must be above it
 MAX_ORPHANS = 64
 CLOSE_S = 1.0  # that a thread may take to end; an engine may be serving on
 BACKLOG_BYTES = 512 << 20  # of chunks that wait to be stored; what comes on top is not stored
@@ -290,6 +291,7 @@ class PrefixStore:
             return NOTHING
         session, tokens, salt = question.session, question.prompt[: question.end], question.salt
         self._orphans.append(question)
+        kept_until_s = self._clock() + KEPT_S
         found = client.look_up(session, tokens, salt, within_s)
         with suppress(ValueError):  # it answered after another line was opened
             self._orphans.remove(question)
@@ -305,6 +307,8 @@ class PrefixStore:
                 expected = (upto - at) // client.chunk_tokens
                 if len(part) != expected or not all(fits(c, self._geometry, client.chunk_tokens) for c in part):
                     raise StoreFailed("it delivered objects of another shape")
+                if self._clock() > kept_until_s:
+                    raise StoreFailed("it took so long that what was read may have been written over")
                 chunks += part
                 at = upto
             client.release(session, tokens, salt, at, end)

@@ -5,6 +5,7 @@ pages. A load that arrives late can therefore not be written over pages which be
 could where the server copies into them itself.
 """
 
+import pickle
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -111,14 +112,10 @@ class ServerClient:
             self._requests.free_lookup_locks(self._key(session, tokens, salt, start, end, worker=None), 1)
 
     def put(self, session: str, tokens: Sequence[int], salt: str, start: int, chunk: torch.Tensor) -> bool:
+        # handed over whole also where memory is shared: a write of ours that came late could not be told from KV
         key = self._key(session, tokens, salt, start, len(tokens))
-        with _answers("a store"):
-            prepared = self._transfer.prepare_store(key, self._instance)
-            if prepared is None:
-                return bool(self._transfer.commit_store(key, self._instance, [chunk]))
-            for slot in prepared[0]:
-                _bytes_of(slot)[:] = _bytes_of(chunk)
-            return not prepared[0] or bool(self._transfer.commit_store(key, self._instance, prepared[0]))
+        data = pickle.dumps([chunk])
+        return bool(self._wait(self._requests.commit_store(key, self._instance, data), "a store"))
 
     def end(self, session: str) -> None:
         self._requests.end_session(session)

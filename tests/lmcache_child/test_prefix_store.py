@@ -126,6 +126,18 @@ def test_a_server_that_dies_is_used_again_when_it_is_back(server: LMCacheServer,
     assert engine.serve(Prompt("c", prompt_of(6)), seed=6) == 20
 
 
+def test_a_server_that_shares_its_memory_is_read_there(tmp_path: Path, stack: ExitStack) -> None:
+    server = LMCacheServer("shared", tmp_path)
+    stack.callback(server.stop)
+    server.start(shm=f"disagg-{server.port}")
+    first, second = new_engine(server, stack), new_engine(server, stack)
+    first.serve(Prompt("a", prompt_of(8)), seed=8)
+    first.wait(lambda: first.stored(5))
+    assert second.serve(Prompt("a", prompt_of(8)), seed=99) == 20
+    assert torch.equal(second.kv_of(prompt_of(8)[: 5 * CHUNK]), expected_kv(prompt_of(8), seed=8, tokens=5 * CHUNK))
+    server.when(holds_nothing_locked)
+
+
 def test_without_a_server_an_engine_starts_only_if_told_so(tmp_path: Path, stack: ExitStack) -> None:
     server = LMCacheServer("late", tmp_path)
     with pytest.raises(ConfigError, match="no LMCache server at"):

@@ -242,6 +242,20 @@ def test_objects_of_another_shape_are_not_used(store: PrefixStore, server: Serve
     wait(lambda: server.connections == 2)
 
 
+def test_what_may_have_been_written_over_meanwhile_is_not_used(
+    store: PrefixStore, server: Server, clock: Clock
+) -> None:
+    put_all(store, server)
+
+    def late(chunk: torch.Tensor) -> torch.Tensor:
+        clock.now_s += prefix_store.KEPT_S
+        return chunk
+
+    server.shape = late
+    assert ask(store) == NOTHING
+    wait(lambda: store.totals["failed_loads"] == 1)
+
+
 def test_more_than_the_memory_for_it_is_not_kept(
     store: PrefixStore, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
