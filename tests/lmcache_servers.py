@@ -56,7 +56,7 @@ class LMCacheServer:
                 argv,
                 f"http://127.0.0.1:{self.http_port}/healthcheck",
                 self.folder / f"lmcache-{self.name}.log",
-                start_s=180,
+                start_s=600,
                 env={"LMCACHE_TRACK_USAGE": "false"},
             )
         )
