@@ -34,7 +34,7 @@ def boundary(call: Callable[Concatenate[_Self, _Args], _Answer]) -> Callable[Con
             return None
         try:
             return call(self, *args, **kwargs)
-        except Exception:
+        except Exception:  # whatever is wrong with us, the engine and everybody's requests go on
             logger.exception("disagg: %s failed; no KV is exchanged until a restart", call.__qualname__)
             self.give_up()
             return None
@@ -51,10 +51,10 @@ def guarded(call: _Call) -> _Call:
         nonlocal said
         try:
             return call(*args, **kwargs)
-        except Exception:
+        except Exception:  # whatever is wrong with us, the engine and everybody's requests go on
             if not said:
                 said = True
-                logger.exception("disagg: %s failed; figures will be missing", call.__qualname__)
+                logger.exception("disagg: %s failed; further failures are not logged", call.__qualname__)
             return None
 
     return cast("_Call", within)

@@ -15,7 +15,7 @@ import torch
 
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
-from disagg_plugin.boundary import boundary
+from disagg_plugin.boundary import boundary, guarded
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.load import LoadTracker
@@ -229,10 +229,7 @@ class EngineSide:
         """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
         self.broken = True
         self._say_inactive()
-        try:
-            self._close_threads()
-        except Exception:  # whatever went wrong may have left them in disorder; the requests come first
-            logger.exception("disagg: threads could not be ended")
+        guarded(self._close_threads)()  # what went wrong may have left them in disorder; the requests come first
         if self.export is not None:
             self.export.broken = True
         if self.fill is not None:

@@ -122,7 +122,7 @@ class ControlService:
         )
         try:
             self.port = await self._server.start()
-        except BaseException:
+        except BaseException:  # not swallowed: the context has a thread of its own
             self._context.term()
             raise
         if self.decode is not None:

@@ -8,7 +8,6 @@ in a folder that only this user can enter, so what arrives there is believed.
 """
 
 import atexit
-import logging
 import os
 import shutil
 import tempfile
@@ -19,9 +18,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
-
-logger = logging.getLogger(__name__)
 
 UNSENT_MESSAGES = 64  # in the socket, before increments merge
 
@@ -82,16 +80,14 @@ class ReportReceiver:
 
     async def run(self, listener: Callable[[Deltas], None]) -> None:
         """Call ``listener`` with each report, until cancelled. What it raises is logged, once."""
-        failed = False
+
+        @guarded
+        def hear(message: bytes) -> None:
+            listener(Deltas(msgspec.msgpack.decode(message, type=dict)))
+
         try:
             while True:
-                message = await self._socket.recv()
-                try:
-                    listener(Deltas(msgspec.msgpack.decode(message, type=dict)))
-                except Exception:  # a report or a listener of ours: the server must go on serving
-                    if not failed:
-                        logger.exception("disagg: a report of the scheduler process could not be used")
-                    failed = True
+                hear(await self._socket.recv())
         finally:
             self._socket.close()
             self._context.term()
