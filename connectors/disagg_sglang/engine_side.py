@@ -6,7 +6,6 @@ side is one object. ``step`` runs once per turn of the scheduler's loop, between
 
 import atexit
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.boundary import boundary, guarded
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
@@ -25,15 +25,15 @@ from disagg_plugin.control.prompt_export import PromptExport
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
+from disagg_plugin.meeting_folder import make_meeting_folder
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
-from disagg_plugin.observability.report_channel import ReportSender
+from disagg_plugin.observability.report_channel import ReportSender, address_in
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.snapshots import DecodeState
 from disagg_sglang.identity import model_identity
 from disagg_sglang.kv_views import build_view
-from disagg_sglang.launch import REPORTS_VARIABLE
 from disagg_sglang.prompt_fill import PromptFill
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class EngineSide:
             prefix_capacity_tokens=0 if args.disable_radix_cache else capacity_tokens,
             by_priority=bool(args.enable_priority_scheduling and args.schedule_low_priority_values_first),
         )
-        self._service = service = ControlService(settings, facts, snapshot=self._snapshot)
+        folder = make_meeting_folder()  # the launching process has; a scheduler started by hand meets nobody
+        self._service = service = ControlService(settings, facts, snapshot=self._snapshot, word=LeavingWord(folder))
         service.start()
         atexit.register(self.close)
         self._load = LoadTracker(by_priority=facts.by_priority)
@@ -91,7 +92,7 @@ class EngineSide:
         self._reorders = facts.by_priority
         if settings.qos.enable_early_rejection:
             self._stats.engine_state = self._engine_state
-        self._reports = ReportSender(os.environ[REPORTS_VARIABLE])
+        self._reports = ReportSender(address_in(folder))
         self.fill: PromptFill | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None

@@ -14,6 +14,7 @@ from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
     Held,
+    Leaving,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
@@ -97,7 +98,7 @@ class PrefillService:
 
     ``on_message`` and ``sweep`` run in the I/O thread; ``started``, ``cancel``, ``arrived``, ``publish``, ``holds``,
     ``cache_reset`` and ``drain`` are for the scheduler's thread: they only store, and wake the I/O thread at most once
-    a report. Prompts are hashed in the I/O thread.
+    a report. Prompts are hashed in the I/O thread. ``leave`` and ``stay`` are for any thread, and for signal handlers.
 
     Args:
         key_of: The key that proved the client of this identity.
@@ -141,6 +142,7 @@ class PrefillService:
         self._load = Load()
         self._kv_usage = 0.0
         self._refuse_all = ""
+        self.leaving = False
         self.counters: Counter[str] = Counter()
 
     # -- scheduler's thread ------------------------------------------------------------------------------------
@@ -195,8 +197,18 @@ class PrefillService:
             yield self._events.popleft()
 
     def refuse_all(self, reason: str) -> None:
-        """From now on every offer is refused (draining)."""
+        """From now on every offer is refused."""
         self._refuse_all = reason
+
+    # -- any thread --------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Take no more prompts: offers are refused, decode engines are told, and what was not begun is handed back."""
+        self._post(self._set_leaving, True)
+
+    def stay(self) -> None:
+        """Take prompts again."""
+        self._post(self._set_leaving, False)
 
     # -- I/O thread --------------------------------------------------------------------------------------------
 
@@ -229,6 +241,17 @@ class PrefillService:
             case _:
                 self.counters["unexpected_messages"] += 1
 
+    def _set_leaving(self, leaving: bool) -> None:
+        if leaving is self.leaving:
+            return
+        self.leaving = leaving
+        if leaving:
+            logger.info("disagg: this prefill engine takes no more prompts; what it has begun it will end")
+            self._events.append(Leaving())
+        else:
+            logger.info("disagg: this prefill engine takes prompts again")
+        self._pacer.soon()
+
     def _is_its(self, transfer_id: bytes, peer: _Peer | None) -> bool:
         """Whether this engine has a say in the transfer: it offered it, or nobody has and it is held for a router."""
         if peer is None:
@@ -259,6 +282,7 @@ class PrefillService:
             **self.counters,
             "peers": sorted(self._peers),
             "awaited": len(self._awaited),
+            "draining": self.leaving,
             "digest_chunks": len(self._digest),
             "load": {**asdict(load), "kv_usage": self._kv_usage},
         }
@@ -354,6 +378,8 @@ class PrefillService:
             return "" if self._is_adapter(held.adapter, offer.adapter) else "adapter_differs"
         if self._refuse_all:
             return self._refuse_all
+        if self.leaving:
+            return "draining"
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
             return "prompt_too_long"
         if self._load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
@@ -420,6 +446,7 @@ class PrefillService:
             prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
             digest=part,
             by_priority=self._by_priority(load) if PRIORITY in self._welcome.features else (),
+            draining=self.leaving,
         )
 
     def _leave(self, peer: _Peer, reason: str) -> None:

@@ -6,6 +6,7 @@ Health, as the debug snapshot names it:
 connecting      nobody answers yet, or the connection was lost; retried for ever
 healthy         may be offered prompts
 suspect         connected, but its last load report is more than a second old: not offered anything
+draining        it is about to leave, or is kept from taking prompts: ends what it has begun, is not offered anything
 backed_off      it failed offloads: not offered anything until a time, then one prompt as a probe
 silent          connected, but not a word for ``peer_timeout_s``: lost; introduced to again with every heartbeat
 refused         the keys, the model, the cache or the version do not fit
@@ -20,7 +21,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import msgspec
@@ -75,6 +76,7 @@ class Health(StrEnum):
     CONNECTING = "connecting"
     HEALTHY = "healthy"
     SUSPECT = "suspect"
+    DRAINING = "draining"
     BACKED_OFF = "backed_off"
     SILENT = "silent"
     REFUSED = "refused"
@@ -231,6 +233,9 @@ class WorkerLink:
                 if isinstance(message, Accepted):
                     message = Accepted(transfer_id, sane_eta_s(message.eta_s))
                     self._offers.accepted(transfer_id)  # here, not where it is awaited: a report may follow at once
+                elif message.reason == "draining":  # the report that says so may come after the next prompt
+                    self._load = replace(self._load, draining=True)
+                    self._changed()
                 answer = self.answers.get(transfer_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -342,7 +347,8 @@ class WorkerLink:
 
     def may_ask(self) -> bool:
         """Whether a prompt may be offered to it now."""
-        return self.welcome is not None and self.left_s is None and self.backoff.may_ask(self.around.clock())
+        wants = self.welcome is not None and not self._load.draining
+        return wants and self.left_s is None and self.backoff.may_ask(self.around.clock())
 
     def offered(self, transfer_id: bytes, tokens: int, priority: int = 0) -> None:
         """A prompt of ours is, or is about to be, offered to it; idempotent."""
@@ -420,6 +426,7 @@ class WorkerLink:
             kv_usage=load.kv_usage,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             reported_s=self._reported_s or 0.0,
+            draining=load.draining,
             in_flight_requests=self._offers.requests,
             in_flight_tokens=self._offers.tokens,
             by_priority=self._by_priority(load),
@@ -480,6 +487,8 @@ class WorkerLink:
         age_s = None if self._reported_s is None else now_s - self._reported_s
         if self.left_s is not None:
             health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
+        elif health is Health.HEALTHY and self._load.draining:
+            health, reason = Health.DRAINING, "it takes no more prompts"
         elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
             probing = self.backoff.probe_s is not None
             health = Health.BACKED_OFF

@@ -7,10 +7,6 @@ The sender never waits: while the socket takes nothing, increments merge and go 
 in a folder that only this user can enter, so what arrives there is believed.
 """
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,16 +20,8 @@ from disagg_plugin.observability.deltas import Deltas
 UNSENT_MESSAGES = 64  # in the socket, before increments merge
 
 
-def make_address() -> str:
-    """Where the two processes meet; once, by the process that starts them. Gone when that ends."""
-    folder = Path(tempfile.mkdtemp(prefix="disagg-"))
-    maker = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == maker:  # forked children end as well
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
+def address_in(folder: Path) -> str:
+    """Where the two processes meet; see ``meeting_folder``."""
     return f"ipc://{folder}/reports"
 
 
