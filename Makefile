@@ -49,7 +49,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/either_engine.py tests/models.py tests/conftest.py \
+	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/engine_processes.py tests/either_engine.py tests/models.py tests/conftest.py \
 		tests/prometheus_server.py tools
 	$(BIN)/lint-imports
 

@@ -69,6 +69,7 @@ class MemoryTransport:
         if name in self.peers or name not in self.network.agents:
             raise TransportError(f"{name} is known already, or unknown to the network")
         self.peers.add(name)
+        self.network.broken[self.agent_name, name] = self.network.broken.get((self.agent_name, name), 0) - 1
         return name
 
     def remove_peer(self, peer: str) -> None:
@@ -113,7 +114,7 @@ class MemoryTransport:
     def _require(self, peer: str) -> None:
         if peer not in self.peers:
             raise TransportError(f"{peer} was never added to {self.agent_name}")
-        if peer not in self.network.agents:
+        if peer not in self.network.agents or self.network.broken.get((self.agent_name, peer), 0) > 0:
             raise PeerLost(f"{peer} is gone")
 
 
@@ -123,6 +124,7 @@ class MemoryNetwork:
     Attributes:
         manual: Keep writes pending until :meth:`deliver`.
         open_handles: Handles that nobody released yet: zero at the end, or something leaks.
+        broken: By ``(from, to)``: how often the one must add the other again before that connection works.
     """
 
     def __init__(self, *, manual: bool = False) -> None:
@@ -130,6 +132,7 @@ class MemoryNetwork:
         self.agents: dict[str, MemoryTransport] = {}
         self.pending: list[PendingWrite] = []
         self.open_handles = 0
+        self.broken: dict[tuple[str, str], float] = {}
 
     def transport(self, agent_name: str) -> MemoryTransport:
         """A new agent; a name that died may live again."""

@@ -105,6 +105,7 @@ class Intake:
         self._parked: list[Parked] = []
         self._repeats: dict[tuple[str, int, int, int], int] = {}  # how often a peer asked about one chunk again
         self._waiting: deque[tuple[str, Notification]] = deque()  # for a private buffer
+        self._unsaid: dict[str, list[bytes]] = {}  # answers that could not be sent, by agent name
 
     @property
     def waiting(self) -> int:
@@ -124,7 +125,27 @@ class Intake:
     def disconnect(self, link: ReceiveLink, reason: str) -> None:
         """Nothing more is taken from this agent; what it still owes us is lost."""
         self._links.pop(link.agent, None)
+        self._unsaid.pop(link.agent, None)
         self.break_tickets(link.agent, reason)
+
+    def reintroduced(self, agent: str) -> None:
+        """The connection to this agent is new: say what could not be said.
+
+        Its peer waits for these answers with its slots taken: without them the next transfers would stall as well.
+        Where it was not a lost answer that showed the old connection to be dead, or the new one is dead as well, what
+        the agent still owes us will not come.
+        """
+        unsaid = self._unsaid.pop(agent, [])
+        try:
+            for answer in unsaid:
+                self._transport.notify(agent, answer)
+        except (PeerLost, TransportError) as error:
+            self._counters["transport_errors"] += 1
+            logger.warning("no answer to %s over a new connection either: %s", agent, error)
+        else:
+            if unsaid:
+                return
+        self.break_tickets(agent, "peer_lost")
 
     def break_tickets(self, agent: str, reason: str) -> None:
         """What this agent still owes us will not come, or cannot be answered."""
@@ -284,11 +305,16 @@ class Intake:
     def _answer(self, agent: str, notification: Notification, kind: Kind) -> None:
         if kind is Kind.DISCARD:
             self._counters["discards"] += 1
+        answer = notification.answer(kind).pack()
+        if agent in self._unsaid:  # in the same round
+            self._unsaid[agent].append(answer)
+            return
         try:
-            self._transport.notify(agent, notification.answer(kind).pack())
+            self._transport.notify(agent, answer)
         except (PeerLost, TransportError) as error:
             self._counters["transport_errors"] += 1
             logger.warning("no answer to %s: %s", agent, error)
+            self._unsaid[agent] = [answer]
             self._lost.add(agent)
 
     def _park(self, agent: str, notification: Notification) -> None:

@@ -235,12 +235,12 @@ class Pump:
             return
         self._counters["reintroductions"] += 1
         self._poster.forget_posted(agent)
-        self._intake.break_tickets(agent, "peer_lost")
         self._transport.remove_peer(agent)
         try:
             self._transport.add_peer(known.metadata)
         except TransportError as error:  # the next write fails as well, and brings us here again
             logger.warning("peer %s cannot be introduced again: %s", agent, error)
+        self._intake.reintroduced(agent)
 
 
 class PumpLoop:

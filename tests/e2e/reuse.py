@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 from e2e.client import Answer, Engine
-from e2e.processes import RUNS_S, end_tree
+from engine_processes import RUNS_S, end_tree
 from lmcache_servers import LMCacheServer, prompt_tokens_by_source, stands_still
 
 LOOKUP_MS = 3000

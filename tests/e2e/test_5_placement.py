@@ -18,8 +18,8 @@ import pytest
 from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import Plan, settings, settle
 from e2e.offloads import prompt_of
-from e2e.processes import end_tree
 from e2e.running import end_running_fleet
+from engine_processes import end_tree
 from engines import free_port
 from models import tiny
 from own_policy import install_own_policy

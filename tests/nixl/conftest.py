@@ -64,7 +64,7 @@ class Child:
         for line in self.process.stdout:
             self._replies.put(line)
 
-    def reply(self, timeout_s: float = 60.0) -> Any:
+    def reply(self, timeout_s: float = 180.0) -> Any:
         try:
             return json.loads(self._replies.get(timeout=timeout_s))
         except queue.Empty:

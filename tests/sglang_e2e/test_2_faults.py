@@ -11,29 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import pytest
+from engine_processes import end_tree, slowed
 from sglang_e2e.client import Engine, Offloads, at_once, prompt_of, same_tokens
 from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
-def signal_tree(engine: Engine, how: signal.Signals) -> None:
-    """Signal every process of a server that this session started."""
-    root = psutil.Process(engine.pid)
-    for process in [*root.children(recursive=True), root]:
-        os.kill(process.pid, how)
-
-
 @contextmanager
 def stopped(engine: Engine) -> Iterator[None]:
     """A server that hangs for the body."""
-    signal_tree(engine, signal.SIGSTOP)
+    end_tree(engine, signal.SIGSTOP)
     try:
         yield
     finally:
-        signal_tree(engine, signal.SIGCONT)
+        end_tree(engine, signal.SIGCONT)
 
 
 @contextmanager
@@ -76,7 +69,8 @@ def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(pair: Fleet) ->
 
 def test_a_request_that_is_aborted_while_its_pages_are_filled_leaves_nothing(pair: Fleet) -> None:
     counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
-    abort_while(pair, "receiving", prompt_of(3_800, seed=29))
+    with slowed(pair.prefill):
+        abort_while(pair, "receiving", prompt_of(3_800, seed=29))
     pair.prefill.when(is_quiet)
     assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
 
@@ -148,10 +142,10 @@ def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
     before = chunks_received(pair.decode.snapshot())
-    with ThreadPoolExecutor(1) as pool:
+    with slowed(pair.prefill), ThreadPoolExecutor(1) as pool:
         future = pool.submit(pair.decode.generate, prompt)
-        pair.decode.when(lambda v: chunks_received(v) > before + 2)
-        signal_tree(pair.prefill, signal.SIGKILL)
+        pair.decode.when(lambda v: chunks_received(v) > before)
+        end_tree(pair.prefill, signal.SIGKILL)
         got = future.result(timeout=120)
     assert same_tokens(got, local)
     totals = counted.totals()
@@ -161,6 +155,7 @@ def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land
 
 def test_with_a_dead_prefill_server_prompts_are_prefilled_here(pair: Fleet) -> None:
     prompt = prompt_of(700, seed=32)
+    pair.decode.when(lambda v: not connected(v))
     counted = Offloads(pair.decode)
     got = pair.decode.generate(prompt)
     assert same_tokens(got, pair.local(prompt))

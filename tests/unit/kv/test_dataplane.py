@@ -1,5 +1,6 @@
 """Two data planes over a network in memory, without threads and without real time, situation by situation."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -439,6 +440,31 @@ def test_a_peer_that_goes_on_asking_is_introduced_again(rig):
         rig.network.agents[d_name].notifications.append((p_name, asked))
         rig.pump(1)
     assert rig.d.counters()["reintroductions"] == 1
+
+
+def test_answers_that_cannot_be_sent_are_sent_over_a_new_connection(manual):
+    """Several of them: a peer's slots are all taken by the time that the cut is found out."""
+    manual.begin()
+    manual.step("p")
+    manual.p.pump_once()
+    assert len(manual.network.pending) > 1
+    for write in list(manual.network.pending):
+        manual.network.deliver(write)
+    manual.network.manual = False
+    manual.network.broken[manual.d.endpoint.agent_name, manual.p.endpoint.agent_name] = 1
+    manual.run()
+    assert manual.completed == ["r"]
+    assert (manual.invalid, manual.error()) == (set(), 0)
+    assert manual.d.counters()["reintroductions"] == 1
+    assert manual.d.counters()["transport_errors"] == 1
+    manual.assert_idle()
+
+
+def test_where_no_answer_can_be_sent_the_transfer_is_lost(rig):
+    rig.network.broken[rig.d.endpoint.agent_name, rig.p.endpoint.agent_name] = math.inf
+    rig.begin()
+    rig.run()
+    assert rig.said("d", "receive_failed") == [("r", "peer_lost")]
 
 
 def replace_ids(command: OpenReceive) -> OpenReceive:
