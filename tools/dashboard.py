@@ -65,7 +65,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Active",
             (
                 (f"min by (instance) (disagg_active{{{WHERE}}})", "{{instance}}"),
-                (f"disagg_draining{{{WHERE}}} == 1", "{{instance}} drains"),
+                (f"max by (instance) (disagg_draining{{{WHERE}}})", "{{instance}} drains"),
             ),
             kind="stat",
             width=4,

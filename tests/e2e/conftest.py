@@ -106,7 +106,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model = tiny()
     p_port, p_side, d_port, d_side, s_port, other_side = (free_port() for _ in range(6))
     other_port = free_port()
-    p_plan = Plan("prefill", model, p_port, 0, settings("prefill", p_side))
+    p_plan = Plan(
+        "prefill",
+        model,
+        p_port,
+        0,
+        settings("prefill", p_side, observability={"admin_route": True}),
+        extra=("--shutdown-timeout", "120"),
+    )
     workers = [
         {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"},
         # comes up late in the session, with other weights, to be refused
