@@ -32,6 +32,11 @@ def end_tree(engine: Started, how: signal.Signals) -> None:
         os.kill(pid, how)
 
 
+def is_alive(engine: Started) -> bool:
+    """Whether its first process runs; one that has ended stays a zombie until its start is left."""
+    return psutil.pid_exists(engine.pid) and psutil.Process(engine.pid).status() != psutil.STATUS_ZOMBIE
+
+
 class Slices:
     """Turns in which an engine's processes run, and stand still for much longer; a thread's work, until ``end``."""
 

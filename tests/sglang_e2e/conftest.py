@@ -115,7 +115,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     p_port, p_side, p_bootstrap, d_port, d_side, s_port = (free_port() for _ in range(6))
     split = {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": PREFILL_QUEUE}
-    p_settings = settings(p_side, split_policy=split)
+    p_settings = settings(p_side, split_policy=split, observability={"admin_route": True})
     p_plan = Plan("prefill", p_port, "prefill", p_settings, p_bootstrap, ("--enable-metrics",))
     worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
     d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))
