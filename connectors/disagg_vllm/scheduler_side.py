@@ -16,8 +16,8 @@ from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import Held
 from disagg_plugin.control.leaving import before_handler
 from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_plugin.control.offload_call import transfer_id_of
-from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.router_flow import hand_over_params, handed_over, is_handed_over, wants_hold
 from disagg_plugin.control.service import ControlService, EngineFacts

@@ -17,8 +17,8 @@ from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, Pro
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.control.load import Load
+from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_plugin.control.messages import ModelIdentity
-from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts, fetch_snapshot
 from disagg_plugin.kv.commands import AddPeer, OpenReceive, OpenSend, RankEndpoint
