@@ -1,19 +1,4 @@
-"""The link to one prefill worker: handshake, health, what it reports, and what it was offered since; I/O thread.
-
-Health, as the debug snapshot names it:
-
-==============  ===================================================================================================
-connecting      nobody answers yet, or the connection was lost; retried for ever
-healthy         may be offered prompts
-suspect         connected, but its last load report is more than a second old: not offered anything
-draining        it is about to leave, or is kept from taking prompts: ends what it has begun, is not offered anything
-backed_off      it failed offloads: not offered anything until a time, then one prompt as a probe
-silent          connected, but not a word for ``peer_timeout_s``: lost; introduced to again with every heartbeat
-refused         the keys, the model, the cache or the version do not fit
-ring_exhausted  no region of our landing ring is left for it
-leaving         its name's look-up does not list it any more; what is under way may end
-==============  ===================================================================================================
-"""
+"""The link to one prefill worker: handshake, health, what it reports, and what it was offered since; I/O thread."""
 
 import asyncio
 import logging
@@ -22,7 +7,6 @@ import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import msgspec
 
@@ -53,13 +37,13 @@ from disagg_plugin.control.received_load import ReceivedLoad, sane_eta_s
 from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
+from disagg_plugin.control.worker_health import Health, standing
 from disagg_plugin.errors import PeerLost
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.latency import OVERHEAD_PRIOR_S, LatencyModel
 from disagg_plugin.serving.prefix_index import PrefixIndex
 from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
-SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 REPORTS_EVERY_S = 0.5  # at least, by P's promise
 DIGEST_ASK_AGAIN_S = 1.0
 FADES_BY_HALF_S = 10.0
@@ -68,20 +52,6 @@ NEWEST_SHARE = 0.2  # of the newest transfer in what a token takes on the wire
 logger = logging.getLogger(__name__)
 
 MakeClient = Callable[..., SideChannelClient]
-
-
-class Health(StrEnum):
-    """See the module's table."""
-
-    CONNECTING = "connecting"
-    HEALTHY = "healthy"
-    SUSPECT = "suspect"
-    DRAINING = "draining"
-    BACKED_OFF = "backed_off"
-    SILENT = "silent"
-    REFUSED = "refused"
-    RING_EXHAUSTED = "ring_exhausted"
-    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,17 +452,12 @@ class WorkerLink:
 
     def standing(self) -> tuple[Health, str]:
         """Health as of now, and why."""
-        now_s = self.around.clock()
-        health, reason = self.health, self.reason
-        age_s = None if self._reported_s is None else now_s - self._reported_s
-        if self.left_s is not None:
-            health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
-        elif health is Health.HEALTHY and self._load.draining:
-            health, reason = Health.DRAINING, "it takes no more prompts"
-        elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
-            probing = self.backoff.probe_s is not None
-            health = Health.BACKED_OFF
-            reason = "probing" if probing else f"{self.backoff.until_s - now_s:.1f} s left"
-        elif health is Health.HEALTHY and (age_s is None or age_s > SUSPECT_AFTER_S):
-            health, reason = Health.SUSPECT, "no load report" if age_s is None else f"load report {age_s:.1f} s old"
-        return health, reason
+        return standing(
+            self.health,
+            self.reason,
+            now_s=self.around.clock(),
+            left_s=self.left_s,
+            reported_s=self._reported_s,
+            draining=self._load.draining,
+            backoff=self.backoff,
+        )
