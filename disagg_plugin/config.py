@@ -164,6 +164,9 @@ class TransferSettings(SettingsSection):
     region_slots: int = Field(default=8, ge=1, le=4096, description="Slots of each peer's region: its credit window.")
     ring_max_bytes: int = Field(default=1 << 30, ge=4096, description="All regions of one worker rank together.")
     scatter_budget_ms: float = Field(default=2.0, gt=0, description="Decode and scatter per busy engine step.")
+    scatter_share: float = Field(
+        default=0.05, ge=0, le=1, description="The same as a share of the step's time, where that is more."
+    )
     scatter_idle_budget_ms: float = Field(
         default=5.0, gt=0, description="The same in a step that computes nothing else."
     )

@@ -146,6 +146,8 @@ class DataPlane:
         """
         self._view = view
         self._transfer = transfer
+        self._clock = clock
+        self._step_began_s = clock()
         self._name = f"{engine} rank {rank} epoch {epoch}"
         self._memory = memory = SlotMemory.reserve(
             ring_max_bytes=transfer.ring_max_bytes,
@@ -175,12 +177,12 @@ class DataPlane:
         self._events: deque[Event] = deque()
         self._counters: dict[str, float] = dict.fromkeys(_ENGINE_COUNTERS, 0)
         self._thread_counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        self._loop = self._assemble_thread(transport, clock)
-        self._assemble_engine_half(clock)
+        self._loop = self._assemble_thread(transport)
+        self._assemble_engine_half()
         if threaded:
             self._loop.start()
 
-    def _assemble_thread(self, transport: Transport, clock: Callable[[], float]) -> PumpLoop:
+    def _assemble_thread(self, transport: Transport) -> PumpLoop:
         memory, emit, counters = self._memory, self._events.append, self._thread_counters
         lost: set[str] = set()
         stall_timeout_s = self._transfer.stall_timeout_s
@@ -189,7 +191,7 @@ class DataPlane:
             memory.staging,
             stall_timeout_s=stall_timeout_s,
             emit=emit,
-            clock=clock,
+            clock=self._clock,
             counters=counters,
             lost=lost,
         )
@@ -200,14 +202,14 @@ class DataPlane:
             memory=memory,
             stall_timeout_s=stall_timeout_s,
             emit=emit,
-            clock=clock,
+            clock=self._clock,
             counters=counters,
             lost=lost,
         )
         self._pump = Pump(transport, poster, intake, emit=emit, counters=counters, lost=lost)
         return PumpLoop(self._pump, linger_s=self._transfer.linger_s)
 
-    def _assemble_engine_half(self, clock: Callable[[], float]) -> None:
+    def _assemble_engine_half(self) -> None:
         view, memory = self._view, self._memory
         self._encoders = Encoders(view, self.codec, self._new_guard)
         self._stager = Stager(
@@ -215,7 +217,7 @@ class DataPlane:
             encoders=self._encoders,
             arena=memory.staging,
             post=self._loop.tell,
-            clock=clock,
+            clock=self._clock,
             counters=self._counters,
         )
         self._scatter = Scatter(
@@ -224,7 +226,7 @@ class DataPlane:
             private=memory.private,
             buffers=memory.buffers,
             close_ticket=lambda nonce: self._loop.tell(CloseTicket(nonce)),
-            clock=clock,
+            clock=self._clock,
             counters=self._counters,
         )
 
@@ -232,6 +234,7 @@ class DataPlane:
 
     def apply(self, commands: Sequence[Command]) -> None:
         """Take the scheduler side's commands, in order; at the beginning of a step."""
+        self._step_began_s = self._clock()
         self._hear()
         for command in commands:
             self._within_boundary(self._apply, command)
@@ -243,8 +246,7 @@ class DataPlane:
         Args:
             computed: Whether the step ran a forward: it decides how long scattering may take.
         """
-        transfer = self._transfer
-        budget_ms = transfer.scatter_budget_ms if computed else transfer.scatter_idle_budget_ms
+        budget_s = self._scatter_budget_s(computed)
         self._hear()
         self._within_boundary(self._stager.stage)
         if demotions := self._encoders.take_demotions():
@@ -254,8 +256,15 @@ class DataPlane:
                 self._name,
                 ", ".join(map(str, demotions)),
             )
-        self._within_boundary(self._scatter.scatter, budget_ms / 1000)
+        self._within_boundary(self._scatter.scatter, budget_s)
         self._loop.open_transfers = self._stager.open_sends + self._scatter.open_receives
+
+    def _scatter_budget_s(self, computed: bool) -> float:
+        """A share of a long step adds little to it; without it, KV would land slower the longer the steps get."""
+        transfer = self._transfer
+        if not computed:
+            return transfer.scatter_idle_budget_ms / 1000
+        return max(transfer.scatter_budget_ms / 1000, transfer.scatter_share * (self._clock() - self._step_began_s))
 
     def take_completions(self) -> Completions:
         """What was completed since the last call."""

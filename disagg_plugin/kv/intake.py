@@ -221,9 +221,9 @@ class Intake:
         return self.waiting != before
 
     def _check_deadlines(self, now: float) -> None:
-        held_back = {notification.nonce for _, notification in self._waiting}
-        for nonce, ticket in self._tickets.items():
-            if nonce in held_back:
+        held_back = {agent for agent, _ in self._waiting}  # with what else it has to send: its slots are taken
+        for ticket in self._tickets.values():
+            if not held_back.isdisjoint(ticket.inflows):
                 for inflow in ticket.inflows.values():
                     inflow.progress_s = now  # it is us who are slow, not the peer
             elif ticket.stalled(now - self._stall_timeout_s) and not ticket.broken:

@@ -46,6 +46,7 @@ class Rig:
 
     def __init__(self, *, manual: bool = False, settings: TransferSettings = SETTINGS) -> None:
         self.now = 100.0
+        self.tick_s = 0.0  # passes whenever somebody looks at the clock
         self.settings = settings
         self.network = MemoryNetwork(manual=manual)
         self.views = {
@@ -76,9 +77,13 @@ class Rig:
             view=self.views[engine],
             transfer=self.settings,
             transport=self.network.transport(agent_name(engine, 0, epoch)),
-            clock=lambda: self.now,
+            clock=self.clock,
             threaded=False,
         )
+
+    def clock(self) -> float:
+        self.now += self.tick_s
+        return self.now
 
     def introduce(self, *engines: str) -> None:
         """Tell these engines about the other one."""
@@ -634,6 +639,38 @@ def test_without_a_private_buffer_a_chunk_waits_unanswered(rig):
     rig.pump()
     rig.step("d")
     assert rig.said("d", "receive_failed") == [], "it is D that is slow"
+
+
+def test_a_transfer_whose_slots_are_taken_by_others_that_wait_is_not_stalled(rig):
+    """All of the peer's slots hold chunks of the first one; the second one's sender cannot send."""
+    rig.begin()
+    for _ in range(5):
+        rig.step("p")
+        rig.pump()
+    assert rig.d.counters()["unanswered"] == 3
+    rig.d.apply([OpenReceive("second", b"transfer-0000002", 0xBEEF, "p", 0, TOKENS, tuple(range(20, 39)))])
+    rig.pump()
+    rig.now += SETTINGS.stall_timeout_s + 1
+    rig.d.pump_once()
+    rig.step("d")
+    assert rig.said("d", "receive_failed") == []
+
+
+def test_more_is_scattered_in_a_long_step():
+    """A share of it, where a fixed time would leave a busy engine's cache to fill ever more slowly."""
+    scattered = {}
+    for step_s in (0.001, 1.0):
+        rig = Rig()
+        rig.begin()
+        for _ in range(5):
+            rig.step("p")
+            rig.pump()
+        rig.d.apply([])
+        rig.now += step_s
+        rig.tick_s = 0.001
+        rig.d.after_forward(computed=True)
+        scattered[step_s] = rig.d.counters()["chunks_received"]
+    assert scattered[1.0] > scattered[0.001]
 
 
 @pytest.mark.parametrize("survivor", ["p", "d"])
