@@ -34,13 +34,13 @@ from typing import Any
 
 import aiohttp
 from real_pair import DisaggPair, fresh_prompt, start_disagg_pair
-from refused_probe import NAME, install
+from refused_probe import NAME, PROBES, install
 
 TOKENS_OUT = 16
 TTFT_MULTIPLES = {"high": 10.0, "low": 20.0}
 TPOT_MULTIPLE = 8.0
 HIGH_SHARE = 0.3
-PROMPT_TOKENS = (1_500, 2_500)
+PROMPT_TOKENS = (1_500, 2_500)  # up to, without
 CLIENTS = 24
 PRIORITY = {"high": 0, "low": 1}
 
@@ -50,6 +50,7 @@ class Outcome:
     """One request; times in seconds."""
 
     service_class: str
+    prompt_tokens: int
     refused: bool = False
     probe: bool = False
     ttft_s: float = 0.0
@@ -68,10 +69,18 @@ class Load:
         self._url = f"{url}/v1/completions"
         self._model = model
         self._classes = classes
+        self._lengths: list[int] = []
+
+    def _length(self) -> int:
+        """No two of a run are equal, as far as they reach: probes are told by class and length."""
+        if not self._lengths:
+            self._lengths = random.sample(range(*PROMPT_TOKENS), len(range(*PROMPT_TOKENS)))
+        return self._lengths.pop()
 
     async def one(self, service_class: str) -> Outcome:
-        """One streamed request; a probe counts as refused, with the times that it was served in."""
-        prompt = fresh_prompt(random.randint(*PROMPT_TOKENS))
+        """One streamed request."""
+        tokens = self._length()
+        prompt = fresh_prompt(tokens)
         body: dict[str, Any] = {"model": self._model, "prompt": prompt, "max_tokens": TOKENS_OUT, "temperature": 0}
         body |= {"ignore_eos": True, "stream": True}
         if self._classes:
@@ -79,15 +88,15 @@ class Load:
         started_s = time.monotonic()
         async with self._session.post(self._url, json=body) as response:
             if response.status == 429:
-                return Outcome(service_class, refused=True)
+                return Outcome(service_class, tokens, refused=True)
             response.raise_for_status()
-            probe = "x-disagg-degraded" in response.headers
             arrivals = [time.monotonic() async for line in response.content if line.startswith(b"data: {")]
         tpot_s = (arrivals[-1] - arrivals[0]) / max(1, len(arrivals) - 1)
-        return Outcome(service_class, probe, probe, arrivals[0] - started_s, tpot_s)
+        return Outcome(service_class, tokens, ttft_s=arrivals[0] - started_s, tpot_s=tpot_s)
 
     async def open_loop(self, per_s: float, seconds: float) -> tuple[list[Outcome], float]:
         """Outcomes, and the seconds until the last one was there."""
+        self._lengths.clear()
         tasks, started_s, due_s = [], time.monotonic(), 0.0
         while due_s < seconds:
             await asyncio.sleep(max(0.0, started_s + due_s - time.monotonic()))
@@ -140,6 +149,14 @@ def figures(
     }
 
 
+def mark_probes(outcomes: list[Outcome], probes: Path) -> None:
+    """What the policy served although it was to be refused counts as refused, with the times that it was served in."""
+    found = {tuple(line.split()) for line in probes.read_text().splitlines()} if probes.exists() else set()
+    for one in outcomes:
+        one.probe = (one.service_class, str(one.prompt_tokens)) in found
+        one.refused = one.refused or one.probe
+
+
 def settings(policy: str, offload: str, slo: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """Of both engines."""
     policies = {"offload": offload, "hook_timeout_ms": 50.0}  # for the probes, which are somebody else's code
@@ -153,7 +170,9 @@ def settings(policy: str, offload: str, slo: dict[str, tuple[float, float]]) -> 
     return {"qos": qos, "policy": {**policies, "admission": [NAME, policy]}, **offloads}
 
 
-async def measure(pair: DisaggPair, model: str, policy: str, seconds: float, known: dict[str, Any]) -> None:
+async def measure(
+    pair: DisaggPair, model: str, policy: str, seconds: float, probes: Path, known: dict[str, Any]
+) -> None:
     """One pair's runs; what later pairs need goes into ``known``."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=600)
@@ -168,11 +187,11 @@ async def measure(pair: DisaggPair, model: str, policy: str, seconds: float, kno
         else:
             await load.closed_loop(seconds / 2)  # the first one's was one as well: models are fitted, memory is touched
         capacity = known["capacity_per_s"]
-        if policy == "projected":
-            outcomes, took_s = await load.open_loop(0.8 * capacity, seconds)
-            known["normal_load"] = figures(outcomes, took_s, capacity, known["slo"])
-        outcomes, took_s = await load.open_loop(2 * capacity, seconds)
-        known[policy] = figures(outcomes, took_s, capacity, known["slo"])
+        for run, times in {"normal_load": 0.8, policy: 2.0}.items() if policy == "projected" else ((policy, 2.0),):
+            probes.unlink(missing_ok=True)
+            outcomes, took_s = await load.open_loop(times * capacity, seconds)
+            mark_probes(outcomes, probes)
+            known[run] = figures(outcomes, took_s, capacity, known["slo"])
 
 
 def main() -> None:
@@ -198,7 +217,7 @@ def main() -> None:
             env = {**install(Path(folder)), "PROBED_POLICY": policy} if policy != "none" else {}
             prefill = {**own, "policy": {"offload": arguments.offload}}
             pair = start_disagg_pair(stack, Path(folder), model, decode=own, prefill=prefill, env=env)
-            asyncio.run(measure(pair, model, policy, arguments.seconds, known))
+            asyncio.run(measure(pair, model, policy, arguments.seconds, Path(folder) / PROBES, known))
         for run in {policy, *(["normal_load"] if policy == "projected" else [])}:
             print(run, json.dumps(known[run]), flush=True)
     known["capacity_per_s"] = round(known["capacity_per_s"], 2)

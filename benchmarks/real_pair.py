@@ -4,8 +4,9 @@ import asyncio
 import itertools
 import random
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,14 +41,36 @@ class Client:
         self.model = model
         self.http = httpx.Client(timeout=600)
 
-    def stream(self, url: str, prompt: list[int], started_s: float | None = None, **more: Any) -> Timed:
+    def stream(
+        self,
+        url: str,
+        prompt: list[int],
+        started_s: float | None = None,
+        *,
+        on_gap: Callable[[float], object] | None = None,
+        over: threading.Event | None = None,
+        **more: Any,
+    ) -> Timed:
+        """One completion, token by token.
+
+        Args:
+            on_gap: Gets the seconds between two tokens, at once.
+            over: Leave when it is set.
+        """
         body = {"model": self.model, "prompt": prompt, "max_tokens": TOKENS_OUT, "temperature": 0, "stream": True}
         body |= {"ignore_eos": True, **more}
         started_s = started_s or time.monotonic()
         arrivals: list[float] = []
         with self.http.stream("POST", f"{url}/v1/completions", json=body) as response:
             response.raise_for_status()
-            arrivals.extend(time.monotonic() for line in response.iter_lines() if line.startswith("data: {"))
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                arrivals.append(time.monotonic())
+                if on_gap is not None and len(arrivals) > 1:
+                    on_gap(arrivals[-1] - arrivals[-2])
+                if over is not None and over.is_set():
+                    break
         gaps = [b - a for a, b in itertools.pairwise(arrivals)]
         return Timed(arrivals[0] - started_s, arrivals[0], gaps)
 

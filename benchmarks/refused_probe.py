@@ -1,7 +1,7 @@
 """An admission policy for ``overload.py``: as the built-in one, but every n-th refusal is served all the same.
 
-What is served so is marked by a degradation that the client sees (``x-disagg-degraded``) and that costs one output
-token. The built-in is named by the environment variable ``PROBED_POLICY``.
+Which these are, by class and prompt length, it appends to the file named by the environment variable ``PROBES``. The
+built-in is named by ``PROBED_POLICY``.
 """
 
 import os
@@ -13,7 +13,7 @@ from disagg_policies.admission_snapshots import Admission, AdmissionSnapshot, Ad
 
 EACH = 15
 NAME = "refused_probe"
-STEP = "max_tokens:15"
+PROBES = "probes"
 
 _refused = 0
 _early: set[tuple[str, int]] = set()  # probes between the two stages, by class and prompt length
@@ -29,12 +29,18 @@ def disagg_admit(snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> A
     key = (snapshot.request.service_class, snapshot.request.prompt_tokens)
     if key in _early:
         _early.discard(key)
-        return Admitted("probe", (STEP,), answer.level, answer.ttft_s, answer.tpot_s, answer.pressure)
+        return _served(answer)
     _refused += 1
     if _refused % EACH:
         return answer
     _early.add(key)
-    return Admitted("probe", (STEP,), answer.level, answer.ttft_s, answer.tpot_s, answer.pressure)
+    with Path(os.environ["PROBES"]).open("a") as probes:
+        print(*key, file=probes)
+    return _served(answer)
+
+
+def _served(answer: Refused) -> Admitted:
+    return Admitted("probe", (), answer.level, answer.ttft_s, answer.tpot_s, answer.pressure)
 
 
 def _probed(snapshot: AdmissionSnapshot, parameters: PolicyParameters) -> Admitted | Refused:
@@ -53,4 +59,5 @@ def install(folder: Path) -> dict[str, str]:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[disagg]\n{NAME} = {NAME}\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    python_path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": python_path, "PROBES": str(folder / PROBES)}

@@ -1,8 +1,9 @@
 """The data plane alone, between two processes: int8 against raw over slow links, payload against a plain NIXL copy.
 
-    sudo .venv/bin/python benchmarks/transfer.py --json [--no-netns] [--mib 96]
+    sudo .venv/bin/python benchmarks/transfer.py --json [--no-netns] [--mib 96] [--engines]
 
-Two worker ranks with real NIXL and synthetic KV (8 layers, 8 heads of 128), no engines.
+Two worker ranks with real NIXL and synthetic KV (8 layers, 8 heads of 128), no engines; with ``--engines`` also what
+``transfer_engines.py`` measures: hand-over beside stock NixlConnector's, and what transfers cost running decodes.
 
 - ``int8_vs_raw``: effective bandwidth (bytes of cache a second, whatever the wire carries) of int8 over raw, across
   two network namespaces with ``tc tbf`` on the sender's side at 200 Mbit/s and 1 Gbit/s. Needs root; says so otherwise.
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--no-netns", action="store_true", help="skip the slow links")
     parser.add_argument("--mib", type=int, default=96, help="cache moved by one transfer")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--engines", action="store_true", help="also on real engines (transfer_engines.py)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -326,6 +328,10 @@ def main() -> None:
     figures = loopback(arguments.mib, arguments.repeats)
     if not arguments.no_netns:
         figures |= slow_links(arguments.mib)
+    if arguments.engines:
+        import transfer_engines
+
+        figures |= transfer_engines.measured(arguments.repeats)
     print(json.dumps(figures))
 
 
