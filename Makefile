@@ -66,7 +66,8 @@ test-vllm: models prometheus
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-sglang: models $(SGLANG_STAMP)
-	$(SGLANG_BIN)/python -m pytest --durations=15 tests/contract tests/sglang_e2e $(PYTEST_ARGS)
+	DISAGG_LMCACHE_PYTHON=$(abspath $(BIN)/python) \
+		$(SGLANG_BIN)/python -m pytest --durations=15 tests/contract tests/sglang_e2e $(PYTEST_ARGS)
 
 test-cross-engine: models $(SGLANG_STAMP)
 	DISAGG_SGLANG_PYTHON=$(abspath $(SGLANG_BIN)/python) $(PYTEST) tests/cross_engine $(PYTEST_ARGS)

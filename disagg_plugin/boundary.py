@@ -9,7 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 class Breakable(Protocol):
-    """What can give up, once."""
+    """What can give up, once.
+
+    Its ``consequence``, if it has one, says what ends with it.
+    """
 
     @property
     def broken(self) -> bool:
@@ -35,7 +38,8 @@ def boundary(call: Callable[Concatenate[_Self, _Args], _Answer]) -> Callable[Con
         try:
             return call(self, *args, **kwargs)
         except Exception:  # whatever is wrong with us, the engine and everybody's requests go on
-            logger.exception("disagg: %s failed; no KV is exchanged until a restart", call.__qualname__)
+            consequence = getattr(self, "consequence", "no KV is exchanged")
+            logger.exception("disagg: %s failed; %s until a restart", call.__qualname__, consequence)
             self.give_up()
             return None
 

@@ -5,7 +5,8 @@ DisaggError
 ├── PeerError          this peer cannot be used: count it, choose another one or prefill locally
 │   ├── PeerRefused        it answered "no" (queue full, other weights): try the next best one
 │   ├── PeerLost           it is gone or silent: abandon what it owes us
-│   └── AuthenticationFailed  keys do not match: say it once, loudly; no retry helps
+│   ├── AuthenticationFailed  keys do not match: say it once, loudly; no retry helps
+│   └── StoreFailed        the prefix store (LMCache): serve without it until it is connected anew
 ├── TransferError      this transfer is lost: repair the request (another peer, or local prefill)
 │   ├── TransferTimeout    a deadline of ours passed
 │   └── TransportError     NIXL reported a failure
@@ -36,6 +37,10 @@ class PeerLost(PeerError):
 
 class AuthenticationFailed(PeerError):
     """The side channel's keys do not match."""
+
+
+class StoreFailed(PeerError):
+    """The prefix store did not answer in time, or not as expected."""
 
 
 class TransferError(DisaggError):

@@ -34,16 +34,19 @@ class LMCacheServer:
     def url(self) -> str:
         return f"tcp://127.0.0.1:{self.port}"
 
-    def start(self, *, l2: Path | None = None, serde: str = "", l1_gb: float = 0.25, chunk: int = CHUNK) -> None:
-        """Start it; with ``serde`` by our launcher."""
+    def start(
+        self, *, l2: Path | None = None, serde: str = "", l1_gb: float = 0.25, chunk: int = CHUNK, shm: str = ""
+    ) -> None:
+        """Start it; with ``serde`` by our launcher, with ``shm`` sharing its memory under this name."""
         if serde:
             argv = [sys.executable, "-m", "disagg_lmcache.server"]
         else:
-            argv = [sys.executable, "-m", "lmcache.cli.main", "server"]
+            # SGLang's environment has what LMCache's client needs, not its server
+            argv = [os.environ.get("DISAGG_LMCACHE_PYTHON", sys.executable), "-m", "lmcache.cli.main", "server"]
         flags = f"--host 127.0.0.1 --port {self.port} --http-host 127.0.0.1 --http-port {self.http_port}"
         flags += f" --chunk-size {chunk} --l1-size-gb {l1_gb} --no-l1-use-lazy"
         flags += " --eviction-policy LRU --supported-transfer-mode auto"
-        argv += flags.split()
+        argv += [*flags.split(), *(("--shm-name", shm) if shm else ())]
         if l2 is not None:
             l2.mkdir(exist_ok=True)
             adapter: dict[str, Any] = {"type": "fs", "base_path": str(l2)}

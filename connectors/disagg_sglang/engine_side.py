@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from disagg_lmcache.prefix_tier import PrefixTier, open_store
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.boundary import boundary, guarded
@@ -22,6 +23,7 @@ from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.prompt_export import PromptExport
+from disagg_plugin.control.prompt_fill import PromptFill
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
@@ -32,9 +34,10 @@ from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.report_channel import ReportSender, address_in
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.snapshots import DecodeState
+from disagg_sglang.fill_engine import SchedulerQueue
 from disagg_sglang.identity import model_identity
 from disagg_sglang.kv_views import build_view
-from disagg_sglang.prompt_fill import PromptFill
+from disagg_sglang.tree_pages import ExportedPrefixes, Reserved, TreePages
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +96,12 @@ class EngineSide:
         if settings.qos.enable_early_rejection:
             self._stats.engine_state = self._engine_state
         self._reports = ReportSender(address_in(folder))
-        self.fill: PromptFill | None = None
+        self.fill: PromptFill[Any, Reserved] | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
+        self._prefixes: PrefixTier[Reserved] | None = None
+        self._transfer = settings.transfer
         if service.decode is not None:
             self._decode = DecodeSide(
                 settings,
@@ -107,11 +112,14 @@ class EngineSide:
                 step_tokens=max(int(args.chunked_prefill_size or 0), 0) or DEFAULT_STEP_TOKENS,
                 journal=journal,
             )
-            self.fill = PromptFill(scheduler, self._decode, service.decode, self._queue)
+            self.fill = PromptFill(SchedulerQueue(scheduler, service.decode), self._decode, self._queue)
         if service.prefill is not None:
             self._prefill = PrefillSide(
                 settings, service.prefill, ranks=1, kv_capacity_tokens=capacity_tokens, journal=journal
             )
+            if (lmcache := settings.cache.active_lmcache) is not None:
+                store = open_store(lmcache, facts.model, view)
+                self._prefixes = PrefixTier(store, view, ExportedPrefixes(TreePages(scheduler)))
             self.export = PromptExport(
                 self._prefill,
                 service.prefill,
@@ -121,6 +129,7 @@ class EngineSide:
                 step=self.step,
                 give_up=self.give_up,
                 kv_usage=lambda: 1.0 - self._free_tokens() / max(capacity_tokens, 1),
+                prefixes=self._prefixes,
             )
             scheduler.disagg_prefill_bootstrap_queue.kv_manager.export = self.export
         self._busy = False
@@ -148,15 +157,16 @@ class EngineSide:
             commands += self.export.commands()
         self._publish_held_back()
         self._send_report()
+        computed = not self._scheduler.running_batch.is_empty()
+        self._copy_prefixes(computed=computed)
         if not commands and not self._busy:
             self._let_others_run()
             return
         plane = self._plane
         plane.apply(commands)
-        if self._forward_stream is not None and self.fill is not None and self.fill.receiving:
-            # a forward still under way may write to pages that were freed since: what lands must come after it
-            torch.cuda.current_stream().wait_stream(self._forward_stream)
-        plane.after_forward(computed=not self._scheduler.running_batch.is_empty())
+        if self.fill is not None and self.fill.receiving:
+            self._await_forward()
+        plane.after_forward(computed=computed)
         done, report = plane.take_completions(), plane.report()
         self._busy = report.busy
         if self.fill is not None:
@@ -225,12 +235,16 @@ class EngineSide:
             self.fill.stop("weights_updated")
         if self._service.prefill is not None:
             self._service.prefill.refuse_all("weights_updated")
+        if self._prefixes is not None:
+            self._prefixes.stop("weights_updated")
 
     def give_up(self) -> None:
         """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
         self.broken = True
         self._say_inactive()
         guarded(self._close_threads)()  # what went wrong may have left them in disorder; the requests come first
+        if self._prefixes is not None:
+            self._prefixes.give_up()
         if self.export is not None:
             self.export.broken = True
         if self.fill is not None:
@@ -239,7 +253,7 @@ class EngineSide:
     @property
     def holds_pages(self) -> bool:
         """Whether requests wait, or pages are in use, that SGLang does not know of: it is not idle then."""
-        return self.fill is not None and self.fill.open
+        return (self.fill is not None and self.fill.open) or (self._prefixes is not None and self._prefixes.open)
 
     def close(self) -> None:
         """End our threads; idempotent."""
@@ -251,6 +265,19 @@ class EngineSide:
             self._decode.close()
         self._service.close()
         self._plane.close()
+        if self._prefixes is not None:
+            self._prefixes.close()
+
+    def _copy_prefixes(self, *, computed: bool) -> None:
+        if self._prefixes is not None and self._prefixes.open:
+            self._await_forward()
+            transfer = self._transfer
+            self._prefixes.step((transfer.scatter_budget_ms if computed else transfer.scatter_idle_budget_ms) / 1e3)
+
+    def _await_forward(self) -> None:
+        """A forward still under way may write to pages that were freed since: what we write must come after it."""
+        if self._forward_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._forward_stream)
 
     def _say_inactive(self) -> None:
         deltas = Deltas()
@@ -291,6 +318,11 @@ class EngineSide:
             view["decode"] = self._decode.figures()
         if self._prefill is not None:
             view["prefill"] = self._prefill.figures()
+        return self._with_lmcache(view)
+
+    def _with_lmcache(self, view: dict[str, object]) -> dict[str, object]:
+        if self._prefixes is not None:
+            view["lmcache"] = self._prefixes.figures()
         return view
 
     def _engine_state(self) -> dict[str, Any]:
@@ -320,4 +352,4 @@ class EngineSide:
             view["waiting"] = self.fill.snapshot()
         if self._prefill is not None:
             view["prefill"] = self._prefill.snapshot()
-        return view
+        return self._with_lmcache(view)

@@ -2,7 +2,7 @@
 
 SGLang makes one manager a scheduler, one sender a request, and polls the senders:
 
-    poll() Bootstrapping     no decode engine has offered this room yet
+    poll() Bootstrapping     no decode engine has offered this room yet, or a prefix is being loaded from LMCache
            WaitingForInput   its ticket is here: SGLang may compute the prompt
            Transferring      everything is computed; pages are still being read
            Success           nothing needs the pages any more: SGLang frees them and answers
@@ -29,6 +29,7 @@ from sglang.srt.disaggregation.base.conn import (
 
 from disagg_plugin.control.prompt_export import PromptExport
 from disagg_plugin.errors import TransferError
+from disagg_sglang.support import local_only_reason
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
         self.bootstrap_room = bootstrap_room
         self.rid = ""
         self.prompt: list[int] = []
+        self.reusable = False
         self.cache_salt = ""
         self.priority = 0
         self.pages: tuple[int, ...] = ()
@@ -84,6 +86,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
         """SGLang's constructor call says nothing of the request itself."""
         self.rid, self.prompt, self.cache_salt = req.rid, req.origin_input_ids.tolist(), req.cache_salt or ""
         self.priority = req.priority or 0
+        self.reusable = local_only_reason(req) is None
         self._export.arrived(self)
 
     def poll(self) -> int:
@@ -91,17 +94,19 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
             return int(KVPoll.Failed)
         if self._export.broken:
             return self._fail("disagg gave up")
-        if not self._offered:
-            return self._wait_for_offer()
+        if not self._offered and (waiting := self._wait_for_offer()) is not None:
+            return waiting
+        if self.tokens == 0 and self._export.loading(self):
+            return int(KVPoll.Bootstrapping)
         if self.tokens < len(self.prompt):
             return int(KVPoll.WaitingForInput)
-        return int(KVPoll.Transferring if self.holding else KVPoll.Success)
+        return int(KVPoll.Transferring if self.holding or self._export.reading(self) else KVPoll.Success)
 
-    def _wait_for_offer(self) -> int:
+    def _wait_for_offer(self) -> int | None:
         match self._export.ticket_of(self):
             case True:
                 self._offered = True
-                return int(KVPoll.WaitingForInput)
+                return None
             case False:
                 return self._fail("the prompt is not the offered one")
         if time.monotonic() > self._since_s + self._export.offer_timeout_s:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from disagg_plugin.admission.classes import ClassBook
 from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.errors import ConfigError
+from disagg_plugin.lmcache_check import check_lmcache
 from disagg_plugin.meeting_folder import make_meeting_folder
 from disagg_sglang import BACKEND
 
@@ -66,8 +67,11 @@ def settings_for(role: Role) -> DisaggSettings:
     path = os.environ.get(CONFIG_VARIABLE)
     overrides = {"role": role}
     settings = load_settings(Path(path), overrides) if path else load_settings(overrides)
-    if settings.cache.active_lmcache is not None:
-        raise ConfigError("cache.lmcache: vLLM engines only; leave it out of the settings of SGLang servers")
+    if (lmcache := settings.cache.active_lmcache) is not None:
+        if role != "prefill":
+            raise ConfigError("cache.lmcache: on SGLang for prefill servers only; see docs/sglang-lmcache.md")
+        if lmcache.extra:
+            raise ConfigError("cache.lmcache.extra: for LMCache's vLLM connector; SGLang prefill servers have none")
     if settings.router.model_fields_set:
         raise ConfigError("router: vLLM engines only; SGLang's routers are served without settings, leave it out")
     return settings
@@ -91,6 +95,10 @@ def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
             ClassBook(settings.qos)  # as is an API key that cannot be read
             if fields := priority_arguments(resolving_view(server_args)):
                 declare_resolution(server_args, BACKEND, **fields)
+        if (lmcache := settings.cache.active_lmcache) is not None:
+            if resolving_view(server_args).disable_radix_cache:
+                raise ConfigError("--disable-radix-cache: prefixes from cache.lmcache enter through it")
+            check_lmcache(lmcache)
         if resolving_view(server_args).enable_lmcache:
             logger.warning("disagg: decisions do not count what LMCache holds: see docs/sglang-lmcache.md")
         if role == "decode":
@@ -124,7 +132,10 @@ def unsupported_arguments(role: Role, args: Any, environ: Any) -> str | None:
         ("--speculative-algorithm", args.speculative_algorithm is not None),
         ("--enable-hierarchical-cache", args.enable_hierarchical_cache),
         ("--enable-hisparse", args.enable_hisparse),
-        ("--enable-lmcache on a prefill server: SGLang refuses it there", role == "prefill" and args.enable_lmcache),
+        (
+            "--enable-lmcache on a prefill server: set cache.lmcache",
+            role == "prefill" and args.enable_lmcache,
+        ),
         ("--enable-pd-role-switch", args.enable_pd_role_switch),
         ("--disaggregation-enable-kv-checksum: chunks carry their own", args.disaggregation_enable_kv_checksum),
         ("--optimistic-prefill-attempts", args.optimistic_prefill_attempts > 0),

@@ -31,16 +31,27 @@ class ExportedPrompt(Protocol):
         bootstrap_room: The number under which it was offered.
         pages, tokens: What stands in the engine's cache so far, from the first token on.
         holding: The engine must not free the pages yet.
+        reusable: The prompt's tokens and salt say everything that its KV depends on.
     """
 
     rid: str
     bootstrap_room: int
     prompt: list[int]
+    reusable: bool
     cache_salt: str
     priority: int
     pages: tuple[int, ...]
     tokens: int
     holding: bool
+
+
+class PrefixSource(Protocol):
+    """A store beside the engine's own prefix cache: ``disagg_lmcache.prefix_tier``."""
+
+    def loading(self, request: ExportedPrompt) -> bool: ...
+    def computed(self, request: ExportedPrompt) -> None: ...
+    def reading(self, request: ExportedPrompt) -> bool: ...
+    def gone(self, request: ExportedPrompt) -> None: ...
 
 
 class PromptExport:
@@ -62,6 +73,7 @@ class PromptExport:
         step: Callable[[], None],
         kv_usage: Callable[[], float],
         give_up: Callable[[], None],
+        prefixes: PrefixSource | None = None,
     ) -> None:
         self._prefill = prefill
         self._service = service
@@ -71,6 +83,7 @@ class PromptExport:
         self.offer_timeout_s = pages_wait_s
         self.step = step
         self.give_up = give_up
+        self._prefixes = prefixes
         self.broken = False
         self._requests: dict[str, ExportedPrompt] = {}
 
@@ -90,6 +103,14 @@ class PromptExport:
             return None
         return self._prefill.new_request(request.rid, transfer_id, len(request.prompt), prompt=request.prompt)
 
+    def loading(self, request: ExportedPrompt) -> bool:
+        """Whether a prefix of it is being loaded: it must not be queued yet."""
+        return self._prefixes is not None and request.rid in self._requests and self._prefixes.loading(request)
+
+    def reading(self, request: ExportedPrompt) -> bool:
+        """Whether its pages are being read for the prefix store."""
+        return self._prefixes is not None and self._prefixes.reading(request)
+
     @boundary
     def batch_starts(self, works: Iterable[PromptWork]) -> None:
         """A forward that computes these parts of prompts is about to be launched."""
@@ -105,6 +126,8 @@ class PromptExport:
         if request.tokens >= len(request.prompt):
             self._service.holds(HeldPrompt(request.prompt, request.cache_salt))
             request.holding = self._prefill.finished(request.rid, completed=True)
+        if self._prefixes is not None:
+            self._prefixes.computed(request)
         self.step()
 
     @boundary
@@ -112,6 +135,8 @@ class PromptExport:
         """The request left the engine, however it ended."""
         if self._requests.pop(request.rid, None) is not None:
             self._prefill.finished(request.rid, completed=False)
+            if self._prefixes is not None:
+                self._prefixes.gone(request)
             self.step()  # its pages are the engine's again after this call: nothing may read them any more
             self._load.finished(request.rid)
             self._queue.finished(request.rid)

@@ -57,7 +57,7 @@ CHANNEL_COUNTERS: Mapping[str, tuple[str, ...]] = {
     "messages_out": ("disagg_side_channel_messages_total", "sent"),
     "callback_errors": ("disagg_internal_errors_total", "side_channel"),
 }
-# what the ledger of a prefix store counts (control/prefix_ledger.py) → metric and labels
+# what a prefix store's users count (control/prefix_ledger.py, disagg_lmcache) → metric and labels
 PREFIX_COUNTERS: Mapping[str, tuple[str, ...]] = {
     "device_hit_tokens": ("disagg_prefix_tokens_total", "device"),
     "store_hit_tokens": ("disagg_prefix_tokens_total", "lmcache"),
@@ -67,6 +67,10 @@ PREFIX_COUNTERS: Mapping[str, tuple[str, ...]] = {
     "unused_lookups": ("disagg_lmcache_events_total", "unused"),
     "failed_loads": ("disagg_lmcache_events_total", "failed_load"),
     "load_failed": ("disagg_lmcache_events_total", "withdrawn"),
+    "stored_chunks": ("disagg_lmcache_events_total", "stored"),
+    "store_refused": ("disagg_lmcache_events_total", "store_refused"),
+    "store_failed": ("disagg_lmcache_events_total", "store_failed"),
+    "store_dropped": ("disagg_lmcache_events_total", "store_dropped"),
 }
 # of the totals of both roles, what is not an event in a transfer's life
 _BYTES = frozenset({"wire_bytes", "raw_bytes"})

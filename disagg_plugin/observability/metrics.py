@@ -103,7 +103,7 @@ _TABLE: tuple[Metric, ...] = (
     # prefixes
     _count("disagg_prefix_tokens_total", "Prompt tokens not computed here, by where their KV came from.", "tier"),
     _gauge("disagg_lmcache_active", "1 while LMCache is asked for prefixes; 0: configured, and not used."),
-    _count("disagg_lmcache_events_total", "Look-ups in LMCache, and what went wrong.", "event"),
+    _count("disagg_lmcache_events_total", "Look-ups in LMCache, chunks stored there, and what went wrong.", "event"),
     # chunks, slots, credits
     _count("disagg_chunks_total", "KV chunks.", "direction"),
     _times(

@@ -12,9 +12,10 @@ from contract.rig import GEOMETRY, PAGE, PAGES, SETTINGS, FakePort, new_plane
 
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.prompt_fill import PromptFill
+from disagg_plugin.kv.slot_view import SlotView
 from disagg_plugin.testing import MemoryNetwork
-from disagg_sglang.kv_views import SlotView
-from disagg_sglang.prompt_fill import PromptFill
+from disagg_sglang.fill_engine import SchedulerQueue
 
 
 class FakeTree:
@@ -102,7 +103,8 @@ class SglangRig:
         self.requests: dict[str, Any] = {}
         self.decode = DecodeSide(SETTINGS, port, engine="d", kv_capacity_tokens=PAGES * PAGE)
         self.queue = EngineQueue()
-        self.fill = PromptFill(self.scheduler, self.decode, port, self.queue)  # type: ignore[arg-type]  # the port is both
+        engine = SchedulerQueue(self.scheduler, port)  # type: ignore[arg-type]  # the port is both
+        self.fill = PromptFill(engine, self.decode, self.queue)
 
     def send(self, request_id: str, prompt: list[int], **fields: object) -> None:
         ended = SimpleNamespace(value=False)

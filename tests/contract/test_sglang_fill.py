@@ -1,14 +1,17 @@
 """What the decode role owes SGLang beyond the contract: its queue limit, its pool, and its life after our errors."""
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
-from contract.rig import PAGE, Contract
+from contract.rig import PAGE, PAGES, Contract
 
 from disagg_plugin.control.decode_port import OfferCall
 
 if TYPE_CHECKING:
     from contract.sglang_rig import SglangRig
+
+    from disagg_plugin.control.prompt_export import ExportedPrompt
 
 TOKENS = 200
 PROMPT = list(range(1_000, 1_000 + TOKENS))
@@ -151,3 +154,23 @@ def test_of_two_prompts_that_begin_alike_the_second_needs_its_own_rest_only(
     contract.turn(2)
     assert rig.runnable("second") == 390 // PAGE * PAGE, "too little is left to ask anybody for"
     assert len(contract.port.offers) == 1
+
+
+def test_what_lmcache_filled_is_found_in_the_prefix_cache(rig: "SglangRig") -> None:
+    from disagg_sglang.tree_pages import ExportedPrefixes, TreePages
+
+    cache = ExportedPrefixes(TreePages(rig.scheduler))
+    prompt = cast("ExportedPrompt", SimpleNamespace(prompt=PROMPT, cache_salt=""))
+    room = cache.reserve(prompt, 4 * PAGE)
+    assert room is not None
+    assert (room.cached_tokens, len(room.pages)) == (0, 4)
+    cache.publish(room, 4 * PAGE)
+    assert cache.cached_tokens(prompt) == 4 * PAGE
+    more = cache.reserve(prompt, 6 * PAGE)
+    assert more is not None
+    assert (more.cached_tokens, more.pages[:4]) == (4 * PAGE, room.pages)
+    assert len(rig.tree.locks) == 1, "nothing of it is evicted while the rest is filled"
+    cache.cancel(more)
+    assert (rig.tree.locks, rig.pages_taken()) == ([], 0)
+    assert cache.reserve(prompt, PAGES * PAGE) is None
+    assert (rig.tree.locks, rig.pages_taken()) == ([], 0)

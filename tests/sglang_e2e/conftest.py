@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from engines import free_port, serving, sglang_command, sglang_env
+from lmcache_servers import LMCacheServer
 from models import tiny
 from sglang_e2e.client import Engine, at_once, prompt_of
 
@@ -87,6 +88,7 @@ class Fleet:
     folder: Path
     prefill_life: ExitStack
     threads: list[str]
+    lmcache: LMCacheServer  # of the prefill server; not running until test_5_lmcache starts it
 
     def restart_prefill(self) -> None:
         """Start the prefill server again at the same address; it must have ended."""
@@ -115,7 +117,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     p_port, p_side, p_bootstrap, d_port, d_side, s_port = (free_port() for _ in range(6))
     split = {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": PREFILL_QUEUE}
-    p_settings = settings(p_side, split_policy=split, observability={"admin_route": True})
+    lmcache = LMCacheServer("prefill", folder)
+    cache = {"reuse_prefix": True, "lmcache": {"url": lmcache.url, "on_unreachable": "warn"}}
+    p_settings = settings(p_side, split_policy=split, cache=cache, observability={"admin_route": True})
     p_plan = Plan("prefill", p_port, "prefill", p_settings, p_bootstrap, ("--enable-metrics",))
     worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
     d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))
@@ -127,7 +131,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         decode.when(connected)
         decode.generate(range(1_000, 1_600))  # the first transfer wires the NIXL agents up
         decode.flush()
-        yield Fleet(p_plan, prefill, decode, stock, folder, prefill_life, our_threads(decode.snapshot()))
+        threads = our_threads(decode.snapshot())
+        yield Fleet(p_plan, prefill, decode, stock, folder, prefill_life, threads, lmcache)
 
 
 @pytest.fixture(scope="session")

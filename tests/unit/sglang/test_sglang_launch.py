@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from disagg_plugin.config import DisaggSettings
 from disagg_plugin.errors import ConfigError
 from disagg_sglang import asks_for_disagg, launch
 
@@ -127,18 +128,34 @@ def test_lmcache_is_for_decode_servers_which_run_as_plain_engines(role: launch.R
     assert (problem is not None) is refused
 
 
+def settings_of(role: launch.Role, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> DisaggSettings:
+    config = folder / "disagg.yaml"
+    config.write_text(f"{line}\n")
+    monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
+    return launch.settings_for(role)
+
+
+LMCACHE = "cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}"
+
+
 @pytest.mark.parametrize(
-    ("line", "named"),
+    ("role", "line", "named"),
     [
-        ("cache: {reuse_prefix: true, lmcache: {url: 'tcp://127.0.0.1:5555'}}", r"cache\.lmcache: vLLM engines only"),
-        ("router: {allowed_hosts: [10.0.0.0/8]}", "router: vLLM engines only"),
+        ("decode", LMCACHE, r"cache\.lmcache: on SGLang for prefill servers only"),
+        (
+            "prefill",
+            LMCACHE[:-2] + ", extra: {lmcache.mp.x: 1}}}",
+            r"cache\.lmcache\.extra: for LMCache's vLLM connector",
+        ),
+        ("decode", "router: {allowed_hosts: [10.0.0.0/8]}", "router: vLLM engines only"),
     ],
 )
 def test_settings_that_only_vllm_has_a_use_for_are_refused_not_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: launch.Role, line: str, named: str
 ) -> None:
-    config = tmp_path / "disagg.yaml"
-    config.write_text(f"{line}\n")
-    monkeypatch.setenv(launch.CONFIG_VARIABLE, str(config))
     with pytest.raises(ConfigError, match=named):
-        launch.settings_for("decode")
+        settings_of(role, line, tmp_path, monkeypatch)
+
+
+def test_a_prefill_server_takes_prefixes_from_lmcache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_of("prefill", LMCACHE, tmp_path, monkeypatch).cache.active_lmcache is not None

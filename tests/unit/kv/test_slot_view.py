@@ -1,4 +1,4 @@
-"""SGLang's pool of token slots, read and written as canonical KV: against a plain reference."""
+"""A cache of token slots, read and written as canonical KV: against a plain reference."""
 
 import hypothesis.strategies as st
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 
 from disagg_plugin.kv.geometry import KVGeometry
+from disagg_plugin.kv.slot_view import SlotView
 from disagg_plugin.testing import DenseView
-from disagg_sglang.kv_views import SlotView
 
 GEOMETRY = KVGeometry(layers=2, kv_heads=3, head_dim=8, dtype="float32")
 PAGES = 12
