@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ def fuzz(name: str, seconds: float) -> dict[str, Any]:
             tried += 1
             check(value)
 
-        try:
-            batch()
-        except Exception:  # noqa: BLE001 - whatever it is, it is what we look for
-            failure = traceback.format_exc()
+        # what a batch raises is what we look for, whatever it is: a future keeps it, and the next target has its turn
+        with ThreadPoolExecutor(1) as pool:
+            failure = "".join(traceback.format_exception(found)) if (found := pool.submit(batch).exception()) else ""
         batches += 1
         if batches == WARM_UP_BATCHES:
             start_bytes = process.memory_info().rss

@@ -1,6 +1,7 @@
 """The plugin in an engine's API process, where that process gets the scheduler's figures over a socket of ours.
 
     around         what the settings ask for, in front of the engine's HTTP server
+    leave_when     likewise: a server that is about to end takes no more prompts for others
     take_reports   runs on the server's event loop, from its start to its end
     check          each prompt, with its token ids, before it goes to the scheduler
 
@@ -8,18 +9,23 @@ prometheus_client is imported only when the first process of this kind is made: 
 mode has named its folder by then, and whatever is counted here appears on the engine's /metrics.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_plugin.admission.gate import Refusal, Ticket
 from disagg_plugin.admission.middleware import AdmissionMiddleware, App, current_ticket
 from disagg_plugin.admission.site import Site
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.leaving import LeavingWord
+from disagg_plugin.meeting_folder import meeting_folder
 from disagg_plugin.observability.admin_route import AdminPaths
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
 from disagg_plugin.observability.metrics import Kind, MetricSet, make_instrument
 from disagg_plugin.observability.report_channel import ReportReceiver
+
+LOOK_S = 0.2  # how soon the end of the server is noticed
 
 
 class ApiProcess:
@@ -39,6 +45,8 @@ class ApiProcess:
 
         classes: Mapping[Kind, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
         self._settings = settings
+        folder = meeting_folder()
+        self._word = LeavingWord(folder) if settings.role != "decode" and folder is not None else None
         self.figures = Frontend(
             MetricSet(lambda metric: make_instrument(metric, classes)),
             model_name=model_name,
@@ -55,7 +63,12 @@ class ApiProcess:
         """The app with what the settings ask for in front of it."""
         site = self.site
         if self._settings.observability.admin_route:
-            app = AdminPaths(app, figures=lambda: self.figures, gate=lambda: site.gate if site is not None else None)
+            app = AdminPaths(
+                app,
+                figures=lambda: self.figures,
+                gate=lambda: site.gate if site is not None else None,
+                word=lambda: self._word,
+            )
         return AdmissionMiddleware(app, site.gate, sets_priority=lambda: site.by_priority) if site is not None else app
 
     def check(
@@ -70,6 +83,14 @@ class ApiProcess:
             return refusal
         self.figures.classify(request_id, ticket.service_class.name)
         return ticket
+
+    async def leave_when(self, is_ending: Callable[[], bool]) -> None:
+        """Have the engine take no more prompts for others once ``is_ending``; until then, or until cancelled."""
+        while self._word is not None:
+            if is_ending():
+                self._word.say()
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def take_reports(self, address: str) -> None:
         """Until cancelled."""

@@ -37,7 +37,7 @@ def boundary(call: Callable[Concatenate[_Self, _Args], _Answer]) -> Callable[Con
             return None
         try:
             return call(self, *args, **kwargs)
-        except Exception:
+        except Exception:  # whatever is wrong with us, the engine and everybody's requests go on
             consequence = getattr(self, "consequence", "no KV is exchanged")
             logger.exception("disagg: %s failed; %s until a restart", call.__qualname__, consequence)
             self.give_up()
@@ -55,10 +55,10 @@ def guarded(call: _Call) -> _Call:
         nonlocal said
         try:
             return call(*args, **kwargs)
-        except Exception:
+        except Exception:  # whatever is wrong with us, the engine and everybody's requests go on
             if not said:
                 said = True
-                logger.exception("disagg: %s failed; figures will be missing", call.__qualname__)
+                logger.exception("disagg: %s failed; further failures are not logged", call.__qualname__)
             return None
 
     return cast("_Call", within)

@@ -42,6 +42,7 @@ NET = Path("/sys/class/net")
 RDMA = Path("/sys/class/infiniband")
 MEMINFO = Path("/proc/meminfo")
 PRIVATE_BUFFERS_AS = 1  # regions' worth of private buffers
+_BROKEN = (OSError, ImportError, RuntimeError, ValueError, DisaggError)  # what a machine can do to a check
 
 
 class Verdict(StrEnum):
@@ -85,7 +86,7 @@ def examine(
     for name, check in checks:
         try:
             findings += check()
-        except Exception as error:  # noqa: BLE001  a check that this machine breaks must not hide the others
+        except _BROKEN as error:  # a check that this machine breaks must not hide the others
             findings.append(Finding(name, Verdict.WARN, f"this check failed: {type(error).__name__}: {error}"))
     return findings
 
@@ -145,14 +146,20 @@ def _nixl(settings: DisaggSettings) -> Iterator[Finding]:
         api = importlib.import_module("nixl._api")
     except ImportError:
         return
+    from disagg_plugin.kv.transport import nixl_errors  # loads torch, as nixl does: only where there is a nixl
+
     backend = settings.nixl.backend
     logging.getLogger("nixl").setLevel(logging.WARNING)  # it greets on standard output
-    agent = api.nixl_agent(f"doctor-{os.getpid()}-{time.time_ns()}", api.nixl_agent_config(backends=[]))
-    plugins = sorted(agent.get_plugin_list())
+    try:
+        agent = api.nixl_agent(f"doctor-{os.getpid()}-{time.time_ns()}", api.nixl_agent_config(backends=[]))
+        plugins = sorted(agent.get_plugin_list())
+        kinds = ", ".join(sorted(map(str, agent.get_plugin_mem_types(backend)))) if backend in plugins else ""
+    except nixl_errors() as error:
+        yield Finding("nixl", Verdict.FAIL, f"NIXL does not start: {type(error).__name__}: {error}", "see its own log")
+        return
     if backend not in plugins:
         yield Finding("nixl", Verdict.FAIL, f"no backend {backend}", f"nixl.backend: one of {', '.join(plugins)}")
         return
-    kinds = ", ".join(sorted(map(str, agent.get_plugin_mem_types(backend))))
     host = "DRAM" in kinds
     yield Finding(
         "nixl",

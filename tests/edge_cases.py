@@ -254,11 +254,23 @@ MOMENTS: tuple[EdgeCase, ...] = (
         (),
     ),
     EdgeCase(
-        "SIGTERM to P",
+        "SIGTERM to P, with vLLM's --shutdown-timeout or on SGLang",
         Outcome.REPAIRED,
-        "vLLM aborts its requests, or with --shutdown-timeout finishes them; what is given up is handed back "
-        "and the process leaves.",
-        (),
+        "P takes no more prompts, hands back what it has not begun, and leaves when the rest is sent (`draining`).",
+        ("tests/e2e/test_3_faults.py::test_a_prefill_worker_that_is_told_to_leave_ends_what_it_has_begun",),
+    ),
+    EdgeCase(
+        "SIGTERM to P, vLLM's default",
+        Outcome.REPAIRED,
+        "vLLM kills its engine process at once: as if P were killed.",
+        ("tests/e2e/test_3_faults.py::test_a_prefill_worker_that_dies_while_streaming_costs_only_time",),
+    ),
+    EdgeCase(
+        "POST /disagg/drain at P, then DELETE",
+        Outcome.LOCAL,
+        "As with SIGTERM, but P stays: prompts go elsewhere (`draining`) until it takes them again.",
+        ("tests/e2e/test_3_faults.py::test_a_prefill_worker_that_drains_is_not_asked_until_it_takes_prompts_again",),
+        reason="draining",
     ),
     EdgeCase(
         "SIGTERM to D",

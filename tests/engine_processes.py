@@ -32,6 +32,26 @@ def end_tree(engine: Started, how: signal.Signals) -> None:
         os.kill(pid, how)
 
 
+def is_alive(engine: Started) -> bool:
+    """Whether its first process runs; one that has ended stays a zombie until its start is left."""
+    return psutil.pid_exists(engine.pid) and psutil.Process(engine.pid).status() != psutil.STATUS_ZOMBIE
+
+
+@contextmanager
+def stopped_models(engine: Started) -> Iterator[None]:
+    """A vLLM engine whose worker processes stand still for the body: its scheduler waits in the middle of a step."""
+    children = psutil.Process(engine.pid).children(recursive=True)
+    workers = [child for child in children if "VLLM::Worker" in " ".join(child.cmdline())]
+    assert workers, [child.cmdline() for child in children]
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
 class Slices:
     """Turns in which an engine's processes run, and stand still for much longer; a thread's work, until ``end``."""
 

@@ -77,7 +77,7 @@ def serving(
         yield process
     except EngineFailed:
         raise
-    except BaseException as error:
+    except BaseException as error:  # not swallowed: a test's failure, or its time-out, with the engine's log
         error.add_note(f"--- {log_path}\n{_tail(log_path)}")
         raise
     finally:

@@ -15,7 +15,7 @@ CALLS = frozenset(
     {
         *("_fail", "fail", "_abandon", "_drop", "_break", "lose", "_leave", "disconnect", "_drop_link", "refuse_all"),
         *("ReceiveBroken", "SendBroken", "PrefillFailed", "TicketCancelled", "PeerLeft", "PeerLost", "Refused"),
-        *("Local", "PrefillLocally", "_stay", "Cancel", "failed", "cancel", "Mismatch", "_give_up", "_repair"),
+        *("Local", "PrefillLocally", "_stay", "Cancel", "failed", "cancel", "Mismatch", "_give_up", "give_up"),
     }
 )
 ANSWERS = frozenset(

@@ -36,6 +36,7 @@ class SyntheticEngine:
             "prefill_service": {"accepted": 1},
             "lmcache": {"inactive_reason": "", "totals": {"store_hit_tokens": 64, "lookups": 1}},
             "side_channel": {"messages_in": 5, "rejected_auth": 1},
+            "draining": False,
         }
         self.collector = Collector(lambda: self.view, self.journal, interval_s=0.01, ring_slots=8, private_buffers=8)
         self._requests = 0

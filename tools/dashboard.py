@@ -61,7 +61,15 @@ COMPRESSION = f"{LOGICAL} / {WIRE}"
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Does it work": (
-        Panel("Active", ((f"min by (instance) (disagg_active{{{WHERE}}})", "{{instance}}"),), kind="stat", width=4),
+        Panel(
+            "Active",
+            (
+                (f"min by (instance) (disagg_active{{{WHERE}}})", "{{instance}}"),
+                (f"max by (instance) (disagg_draining{{{WHERE}}})", "{{instance}} drains"),
+            ),
+            kind="stat",
+            width=4,
+        ),
         Panel(
             "Why not", ((f"disagg_inactive{{{WHERE}}} == 1", "{{instance}}: {{reason}}"),), kind="table", width=8
         ),

@@ -1,14 +1,16 @@
-"""The plugin in SGLang's API process: early rejection, its figures on SGLang's /metrics, and ``/disagg/status``.
+"""The plugin in SGLang's API process: early rejection, figures on SGLang's /metrics, ``/disagg/...``, and SIGTERM.
 
 set_up     once, before the HTTP server runs
 Front      ASGI middleware, and how the server's start and end are noticed
 sends      each prompt, before it goes to the scheduler
 measured   each request, when SGLang has measured it
+
+SIGTERM reaches this process only, and SGLang ends once no request is left: a prefill server that went on taking prompts
+for others never would. So the word is passed on from here.
 """
 
 import asyncio
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from disagg_plugin.admission.gate import Refusal
@@ -16,7 +18,8 @@ from disagg_plugin.admission.middleware import App, Receive, Scope, Send, curren
 from disagg_plugin.api_process import ApiProcess
 from disagg_plugin.boundary import guarded
 from disagg_plugin.config import DisaggSettings
-from disagg_sglang.launch import REPORTS_VARIABLE
+from disagg_plugin.meeting_folder import make_meeting_folder
+from disagg_plugin.observability.report_channel import address_in
 from disagg_sglang.support import ROUTING_KEY
 
 _SERVED = frozenset({"stop", "length"})
@@ -65,26 +68,37 @@ class ApiServer(ApiProcess):
 class Front:
     """Added to SGLang's FastAPI application."""
 
-    def __init__(self, app: App, server: ApiServer) -> None:
+    def __init__(self, app: App, server: ApiServer, is_ending: Callable[[], bool]) -> None:
+        """
+        Args:
+            is_ending: Whether SGLang has heard SIGTERM.
+        """
         self._app = server.around(app)
         self._server = server
+        self._is_ending = is_ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             await self._app(scope, receive, send)
             return
-        reports = asyncio.create_task(self._server.take_reports(os.environ[REPORTS_VARIABLE]))
+        folder = make_meeting_folder()  # made already, by the step that resolved the arguments
+        tasks = [
+            asyncio.create_task(self._server.take_reports(address_in(folder))),
+            asyncio.create_task(self._server.leave_when(self._is_ending)),
+        ]
         try:
             await self._app(scope, receive, send)
         finally:
-            reports.cancel()
+            for task in tasks:
+                task.cancel()
 
 
-def set_up(settings: DisaggSettings, args: Any) -> ApiServer:
+def set_up(settings: DisaggSettings, args: Any, *, is_ending: Callable[[], bool]) -> ApiServer:
     """Put the plugin in front of SGLang's HTTP server.
 
     Args:
         args: The server's resolved arguments.
+        is_ending: Whether SGLang has heard SIGTERM.
     """
     from sglang.srt.entrypoints import http_server
 
@@ -94,5 +108,5 @@ def set_up(settings: DisaggSettings, args: Any) -> ApiServer:
         by_priority=bool(args.enable_priority_scheduling and args.schedule_low_priority_values_first),
         caches_prefixes=not args.disable_radix_cache,
     )
-    http_server.app.add_middleware(Front, server=server)
+    http_server.app.add_middleware(Front, server=server, is_ending=is_ending)
     return server

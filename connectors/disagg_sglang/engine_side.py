@@ -6,7 +6,6 @@ side is one object. ``step`` runs once per turn of the scheduler's loop, between
 
 import atexit
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 from disagg_lmcache.prefix_tier import PrefixTier, open_store
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
-from disagg_plugin.boundary import boundary
+from disagg_plugin.boundary import boundary, guarded
 from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS
 from disagg_plugin.control.prefill_side import PrefillSide
@@ -27,16 +27,16 @@ from disagg_plugin.control.prompt_fill import PromptFill
 from disagg_plugin.control.service import ControlService, EngineFacts
 from disagg_plugin.kv.commands import Command
 from disagg_plugin.kv.rank import open_data_plane
+from disagg_plugin.meeting_folder import make_meeting_folder
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.engine_stats import EngineStats
 from disagg_plugin.observability.journal import Journal
-from disagg_plugin.observability.report_channel import ReportSender
+from disagg_plugin.observability.report_channel import ReportSender, address_in
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.snapshots import DecodeState
 from disagg_sglang.fill_engine import SchedulerQueue
 from disagg_sglang.identity import model_identity
 from disagg_sglang.kv_views import build_view
-from disagg_sglang.launch import REPORTS_VARIABLE
 from disagg_sglang.tree_pages import ExportedPrefixes, Reserved, TreePages
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class EngineSide:
             prefix_capacity_tokens=0 if args.disable_radix_cache else capacity_tokens,
             by_priority=bool(args.enable_priority_scheduling and args.schedule_low_priority_values_first),
         )
-        self._service = service = ControlService(settings, facts, snapshot=self._snapshot)
+        folder = make_meeting_folder()  # the launching process has; a scheduler started by hand meets nobody
+        self._service = service = ControlService(settings, facts, snapshot=self._snapshot, word=LeavingWord(folder))
         service.start()
         atexit.register(self.close)
         self._load = LoadTracker(by_priority=facts.by_priority)
@@ -94,7 +95,7 @@ class EngineSide:
         self._reorders = facts.by_priority
         if settings.qos.enable_early_rejection:
             self._stats.engine_state = self._engine_state
-        self._reports = ReportSender(os.environ[REPORTS_VARIABLE])
+        self._reports = ReportSender(address_in(folder))
         self.fill: PromptFill[Any, Reserved] | None = None
         self.export: PromptExport | None = None
         self._decode: DecodeSide | None = None
@@ -241,10 +242,7 @@ class EngineSide:
         """After an error of ours: nothing lands any more, and what waits here is SGLang's again."""
         self.broken = True
         self._say_inactive()
-        try:
-            self._close_threads()
-        except Exception:  # whatever went wrong may have left them in disorder; the requests come first
-            logger.exception("disagg: threads could not be ended")
+        guarded(self._close_threads)()  # what went wrong may have left them in disorder; the requests come first
         if self._prefixes is not None:
             self._prefixes.give_up()
         if self.export is not None:

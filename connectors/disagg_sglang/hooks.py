@@ -170,14 +170,18 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: An
 # -- API process -------------------------------------------------------------------------------------------------------
 
 
-def http_server_starts(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+def http_server_starts(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs: Any) -> None:
     global _api
     from disagg_sglang import api_server, launch
 
     if (role := launch.role_of(server_args)) is not None:
         from sglang.srt.arg_groups.overrides import resolving_view
 
-        _api = api_server.set_up(launch.settings_for(role), resolving_view(server_args))
+        _api = api_server.set_up(
+            launch.settings_for(role),
+            resolving_view(server_args),
+            is_ending=lambda: bool(tokenizer_manager.gracefully_exit),
+        )
 
 
 def prompt_sent(original: Callable[..., Any], manager: Any, tokenized_obj: Any) -> Any:

@@ -15,14 +15,13 @@ from disagg_plugin.admission.classes import ClassBook
 from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.lmcache_check import check_lmcache
-from disagg_plugin.observability.report_channel import make_address
+from disagg_plugin.meeting_folder import make_meeting_folder
 from disagg_sglang import BACKEND
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FLAG = "--disagg-config"
 CONFIG_VARIABLE = "DISAGG_CONFIG"
-REPORTS_VARIABLE = "DISAGG_REPORTS"  # where the processes of one server meet; set by us
 
 Role = Literal["prefill", "decode"]
 
@@ -91,8 +90,7 @@ def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
         if problem := unsupported_arguments(role, resolving_view(server_args), os.environ):
             raise ConfigError(f"--disaggregation-transfer-backend {BACKEND} does not support {problem}")
         settings = settings_for(role)  # a mistake in the file is said here, before a model is loaded
-        if REPORTS_VARIABLE not in os.environ:
-            os.environ[REPORTS_VARIABLE] = make_address()
+        make_meeting_folder()
         if settings.qos.enable_early_rejection:
             ClassBook(settings.qos)  # as is an API key that cannot be read
             if fields := priority_arguments(resolving_view(server_args)):

@@ -94,7 +94,7 @@ def _guard(app: App, scope: Scope) -> App:
         if _site is None:
             _site = _make_site(config)
             _site.gate.has_exact = _site.gate.settings.exact_check and patch_add_request(type(client))
-    except Exception:
+    except Exception:  # vLLM's own objects are looked into here: whatever has moved there, requests are served
         logger.exception("disagg: early rejection is not active: no gate can be made; every request is admitted")
         return app
     site = _site

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from disagg_plugin.control.decode_port import PromptView, Route
-from disagg_plugin.control.prefill_service import HeldPrompt
+from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_policies.admission_snapshots import ONLY_OFFLOAD
 from disagg_vllm.support import local_only_reason, routing_of
 

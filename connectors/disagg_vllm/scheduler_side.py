@@ -1,6 +1,8 @@
 """The connector inside vLLM's scheduler process: translates the engine's calls for both roles, and nothing more."""
 
 import logging
+import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ from disagg_plugin.config import DisaggSettings, not_active_yet
 from disagg_plugin.control.decode_port import Answer, Claim, NotYet, PrefillLocally, Route
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.events import Held
+from disagg_plugin.control.leaving import before_handler
 from disagg_plugin.control.load import LoadTracker
+from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_plugin.control.offload_call import transfer_id_of
-from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.router_flow import hand_over_params, handed_over, is_handed_over, wants_hold
 from disagg_plugin.control.service import ControlService, EngineFacts
@@ -26,6 +29,7 @@ from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.spans import TransferSpans, active_tracer
 from disagg_plugin.serving.latency import HERE
 from disagg_policies.snapshots import DecodeState
+from disagg_vllm.admin_route import word
 from disagg_vllm.identity import model_identity
 from disagg_vllm.lmcache_tier import LMCacheScheduler
 from disagg_vllm.metadata import RankHandshake, StepCommands, StepReports
@@ -73,6 +77,7 @@ class SchedulerSide:
         self._service: ControlService | None = None
         self._decode: DecodeSide | None = None
         self._prefill: PrefillSide | None = None
+        self._undo: Callable[[], None] = lambda: None  # what we did to the process's signals
         self._journal = Journal()
         self._endpoints: tuple[RankEndpoint, ...] = ()
         self.figures = EngineStats(
@@ -125,7 +130,7 @@ class SchedulerSide:
             prefix_capacity_tokens=self._capacity_tokens() if config.cache_config.enable_prefix_caching else 0,
             by_priority=config.scheduler_config.policy == "priority",
         )
-        self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot)
+        self._service = service = ControlService(self._settings, facts, snapshot=self._snapshot, word=word())
         service.start()
         capacity = self._capacity_tokens()
         if service.decode is not None:
@@ -147,6 +152,7 @@ class SchedulerSide:
                 kv_capacity_tokens=capacity,
                 journal=self._journal,
             )
+            self._undo = before_handler(signal.SIGTERM, service.prefill.leave)
         self.inactive_reason = ""
         for line in [*self._other_model(), *not_active_yet(self._settings)]:
             logger.warning("disagg: %s", line)
@@ -161,6 +167,7 @@ class SchedulerSide:
             logger.warning("disagg: role decode without prefill_workers: every prompt is prefilled locally")
 
     def close(self) -> None:
+        self._undo()
         if self._decode is not None:
             self._decode.close()
         if self._service is not None:

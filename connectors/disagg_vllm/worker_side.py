@@ -33,7 +33,7 @@ def _guarded(default: Any) -> Callable[[Hook], Hook]:
         def guarded(self: "WorkerSide", *args: Any, **kwargs: Any) -> Any:
             try:
                 return hook(self, *args, **kwargs)
-            except Exception:
+            except Exception:  # the boundary of a hook: see above
                 self.hook_failures += 1
                 if self.hook_failures == 1:
                     logger.exception("disagg: the worker hook %s failed; further failures are counted", hook.__name__)

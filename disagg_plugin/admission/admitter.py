@@ -55,7 +55,7 @@ class Admitter:
         answer: Admission
         try:
             answer, self.decided_by = self._chain.answer(snapshot, self._parameters, left_s, self._bound_s, problems)
-        except Exception as error:
+        except Exception as error:  # a policy that raises never takes a request down, ours included
             self.builtin_errors += 1
             if self.builtin_errors == 1:
                 logger.exception("disagg: an admission policy raised; requests are admitted meanwhile", exc_info=error)

@@ -149,7 +149,9 @@ def render(view: View, before: View | None = None) -> "RenderableType":
 def _headline(view: View) -> "RenderableType":
     from rich.text import Text
 
-    if view["active"]:
+    if view["draining"]:
+        text = Text("draining: takes no more prompts for others", style="bold yellow")
+    elif view["active"]:
         text = Text("active", style="bold green")
     elif view["active"] is None:
         text = Text("no figures yet: the engine has not run a step", style="yellow")

@@ -164,7 +164,7 @@ class SideChannelServer:
             except zmq.ZMQError as error:
                 raise ConfigError(bind_problem(error, self._host, self._port)) from None
             return int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        except BaseException:
+        except BaseException:  # not swallowed: no socket stays behind, cancellation included
             await self.close()
             raise
 
@@ -378,7 +378,7 @@ class SideChannelClient:
             return await ended
         except (zmq.ZMQError, OSError, DisaggError) as error:
             return _Ended(_End.UNREACHABLE, f"{self._name()}: {error}")
-        except Exception as error:
+        except Exception as error:  # an attempt is repeated for ever: nothing unforeseen may end that
             if self._may_log(repr(error)):
                 logger.exception("side channel: attempt to connect to %s failed, will be repeated", self._name())
             return _Ended(_End.UNREACHABLE, f"{self._name()}: {error!r}")

@@ -1,4 +1,4 @@
-"""The decode role inside a scheduler process: decides, holds the tickets, and repairs. No I/O, no engine types.
+"""The decode role inside a scheduler process: decides, makes tickets and follows them. No I/O, no engine types.
 
 Call order per request, all in the scheduler's thread:
 
@@ -9,9 +9,8 @@ Call order per request, all in the scheduler's thread:
     load_completed()   once per claim that got blocks: the engine took the request back from us
     finished()         once per request, however it ended
 
-Whatever fails is repaired in this order: a damaged chunk is sent again (by the data planes, once); another worker gets
-the prompt for what has not landed, once, if the policies still want that; the engine computes the rest itself, and
-many such requests come back no faster than ``control.fallback_pacer`` lets them.
+Whatever fails is repaired in this order: a damaged chunk is sent again (by the data planes, once); then it is up to
+``control.repair``: another worker gets the prompt for what has not landed, or the engine computes that itself.
 """
 
 import functools
@@ -26,11 +25,11 @@ from disagg_plugin.control.decode_port import (
     Claim,
     DecodePort,
     NotYet,
-    OfferCall,
     PrefillLocally,
     PromptView,
     Route,
 )
+from disagg_plugin.control.decode_tickets import Tickets
 from disagg_plugin.control.decode_transfer import Arrival, Transfer
 from disagg_plugin.control.events import (
     PeerJoined,
@@ -40,27 +39,17 @@ from disagg_plugin.control.events import (
     PrefillFailed,
     PrefillStarted,
 )
-from disagg_plugin.control.fallback_pacer import FallbackPacer
 from disagg_plugin.control.load import LoadTracker
 from disagg_plugin.control.offload_call import transfer_id_in
 from disagg_plugin.control.offload_decisions import DEFAULT_STEP_TOKENS, OffloadDecisions, hashes_of
+from disagg_plugin.control.repair import Repair
 from disagg_plugin.control.shared_prefixes import SharedPrefixes
-from disagg_plugin.kv.commands import (
-    AbandonReceive,
-    AddPeer,
-    Command,
-    OpenReceive,
-    RankReport,
-    RemovePeer,
-    SuspendReceive,
-)
+from disagg_plugin.kv.commands import AddPeer, Command, RankReport, RemovePeer
 from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, IllegalTransition, State, advance
 from disagg_plugin.observability.journal import Journal
 from disagg_plugin.observability.ranges import profile_range
 from disagg_plugin.serving.decision_record import DecisionRecord
 from disagg_policies.snapshots import Local
-
-NOT_THE_WORKERS_FAULT = frozenset({"http_400", "http_413", "http_422", "prompt_differs", "prompt_too_long"})
 
 RECENT_TRANSFERS = 256
 _WAITING = (State.ACCEPTED, State.SUSPENDED)
@@ -102,21 +91,24 @@ class DecodeSide:
             clock=clock,
         )
         self._capacity_tokens = kv_capacity_tokens
-        self._ranks = ranks
         self._clock = clock
-        self._pacer = FallbackPacer(settings.transfer.fallback_local_tokens_per_step)
-        self._free_tokens = kv_capacity_tokens
-        self._by_request: dict[str, Transfer] = {}
-        self._by_transfer: dict[bytes, Transfer] = {}
+        self._tickets = Tickets(port, clock, free_tokens=kv_capacity_tokens)
+        self._repair = Repair(
+            settings.transfer,
+            self._tickets,
+            port,
+            self._decisions,
+            self._load,
+            self._journal,
+            ranks=ranks,
+            clock=clock,
+        )
         self._local: dict[str, str] = {}
         self._shared = SharedPrefixes(settings.transfer.shared_prefix_wait_s, clock)
-        self._commands: list[Command] = []
         self._peers: dict[str, AddPeer] = {}
         self._held_tokens = 0
         self.decisions: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()
-        self.repairs: Counter[str] = Counter()  # by what went wrong: another worker was asked
-        self.totals: Counter[str] = Counter()
+        self.fallbacks, self.repairs, self.totals = self._repair.fallbacks, self._repair.repairs, self._tickets.totals
         self.recent: deque[dict[str, object]] = deque(maxlen=RECENT_TRANSFERS)
         self.rank_counters: dict[int, dict[str, float]] = {}
 
@@ -133,21 +125,20 @@ class DecodeSide:
         """
         self._drain()
         held_tokens = max(cached_tokens, lmcache_tokens)
-        self._free_tokens = free_tokens
+        self._tickets.free_tokens = free_tokens
         if (reason := self._local.get(prompt.request_id)) is not None:
             return PrefillLocally(reason)
-        if prompt.request_id in self._pacer:
+        if self._repair.is_held_back(prompt.request_id):
             return NotYet()
-        transfer = self._by_request.get(prompt.request_id)
+        transfer = self._tickets.by_request.get(prompt.request_id)
         if transfer is None:
             return self._decide(prompt, cached_tokens, lmcache_tokens, free_tokens)
         if transfer.state in OVER or not transfer.completed:
             return self._stay(prompt, held_tokens, transfer.failure or "already_loaded")
-        if self._clock() > self._wait_until_s(transfer):
-            self._timed_out(transfer)
+        if self._repair.fail_if_overdue(transfer):
             return self.match(prompt, cached_tokens, free_tokens=free_tokens, lmcache_tokens=lmcache_tokens)
         if transfer.prompt_tokens - 1 <= held_tokens:
-            self._abandon(transfer, Event.ABORT, "cached_meanwhile")
+            self._repair.give_up(transfer, Event.ABORT, "cached_meanwhile")
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, held_tokens, transfer.failure)
         if transfer.state is not State.STARTED:
@@ -156,11 +147,11 @@ class DecodeSide:
 
     def knows(self, request_id: str) -> bool:
         """Whether a request was decided on before."""
-        return request_id in self._local or request_id in self._by_request or request_id in self._shared
+        return request_id in self._local or request_id in self._tickets.by_request or request_id in self._shared
 
     def allocated(self, request_id: str, block_ids: tuple[int, ...], external_tokens: int) -> None:
         """The engine allocated ``block_ids`` (from token 0 on) for a claim of ``external_tokens`` from a worker."""
-        transfer = self._by_request.get(request_id)
+        transfer = self._tickets.by_request.get(request_id)
         if transfer is None or external_tokens == 0 or not transfer.completed:
             return
         transfer.ready_s = self._clock()
@@ -169,28 +160,18 @@ class DecodeSide:
         transfer.held_tokens = external_tokens
         transfer.completed = False
         self._held_tokens += external_tokens
-        self._open(transfer, block_ids)
+        self._tickets.open_ranks(transfer, block_ids)
         if transfer.state is not State.STARTED:
             # given up between the claim and the allocation: the engine waits for the ranks' report all the same
-            self._commands.append(AbandonReceive(request_id, transfer.failure))
+            self._tickets.leave_to_the_engine(transfer)
             return
-        self._say_ready(transfer)
+        self._tickets.say_ready(transfer)
 
     def step(self) -> list[Command]:
         """Commands for the worker ranks; called once per scheduler step."""
         self._drain()
-        now = self._clock()
-        for transfer in list(self._by_request.values()):
-            if transfer.state in OVER or transfer.completed:
-                continue  # what the engine still asks about is looked at then
-            if now > transfer.offered_s + self._settings.transfer.deadline_s:
-                self._abandon(transfer, Event.DEADLINE, "timeout_deadline", blame=True)
-            elif transfer.state is State.SUSPENDED and now > self._wait_until_s(transfer):
-                self._timed_out(transfer)
-        self._pacer.step()
-        self._release_fallbacks()
-        commands, self._commands = self._commands, []
-        return commands
+        self._repair.step()
+        return self._tickets.take_commands()
 
     def reports(self, reports: Iterable[RankReport]) -> None:
         """What the worker ranks said after a step."""
@@ -198,34 +179,32 @@ class DecodeSide:
             if report.counters:
                 self.rank_counters[report.rank] = report.counters
             for request_id, reason in report.receive_failed:
-                transfer = self._by_request.get(request_id)
+                transfer = self._tickets.by_request.get(request_id)
                 if transfer is not None and transfer.state in LOADING:  # else it is about a sender that was given up
-                    self._fail(transfer, Event.FAIL, reason, blame=True)
+                    self._repair.fail(transfer, Event.FAIL, reason, blame=True)
             for request_id, end_token in report.receive_suspended:
-                if (transfer := self._by_request.get(request_id)) is not None:
+                if (transfer := self._tickets.by_request.get(request_id)) is not None:
                     transfer.suspended[report.rank] = end_token
             for request_id in report.received:
-                if (transfer := self._by_request.get(request_id)) is not None:
+                if (transfer := self._tickets.by_request.get(request_id)) is not None:
                     transfer.done_ranks.add(report.rank)
             for timing in report.receive_timings:
-                if (transfer := self._by_request.get(timing.request_id)) is not None:
+                if (transfer := self._tickets.by_request.get(timing.request_id)) is not None:
                     self.totals["wire_bytes"] += timing.wire_bytes
                     self.totals["raw_bytes"] += timing.raw_bytes
                     arrival = Arrival.of(timing)
                     transfer.arrival = transfer.arrival.joined(arrival) if transfer.arrival else arrival
-        for transfer in list(self._by_request.values()):
-            if transfer.state is State.SUSPENDED and not transfer.attempted_s:
-                self._repair_if_all_stopped(transfer)
+        self._repair.look_at_stopped()
 
     def prefix_failed(self, request_id: str) -> None:
         """LMCache did not deliver the prefix before a transfer: its KV would only be computed again."""
-        transfer = self._by_request.get(request_id)
+        transfer = self._tickets.by_request.get(request_id)
         if transfer is not None and transfer.state not in OVER and not transfer.completed:
-            self._abandon(transfer, Event.FAIL, "prefix_lost")
+            self._repair.give_up(transfer, Event.FAIL, "prefix_lost")
 
     def load_completed(self, request_id: str) -> None:
         """All ranks reported this request; its blocks are the engine's again."""
-        transfer = self._by_request.get(request_id)
+        transfer = self._tickets.by_request.get(request_id)
         if transfer is None or transfer.completed:
             return
         transfer.completed = True
@@ -248,13 +227,13 @@ class DecodeSide:
         self._local.pop(request_id, None)
         self._shared.end(request_id)
         self._load.finished(request_id)
-        transfer = self._by_request.get(request_id)
+        transfer = self._tickets.by_request.get(request_id)
         if transfer is None:
             return
         if transfer.state not in OVER:
-            self._abandon(transfer, Event.ABORT, "aborted")
-        elif self._pacer.forget(request_id) and not transfer.completed:
-            self._commands.append(AbandonReceive(request_id, transfer.failure))
+            self._repair.give_up(transfer, Event.ABORT, "aborted")
+        else:
+            self._repair.ended(transfer)
         if transfer.completed or transfer.held_tokens == 0:
             self._forget(transfer)
         else:
@@ -275,7 +254,7 @@ class DecodeSide:
             self._journal.decided(prompt.request_id, "local")
             return self._stay(prompt, held_tokens, stays)
         if prompt.route is not None:
-            if prompt.route.held in self._by_transfer:
+            if prompt.route.held in self._tickets.by_transfer:
                 self.decisions["handed_over_twice"] += 1
                 return self._stay(prompt, held_tokens, "handed_over_twice")
             self._journal.decided(prompt.request_id, "offloaded", None)
@@ -289,7 +268,7 @@ class DecodeSide:
                 cached_tokens,
                 lmcache_tokens=lmcache_tokens,
                 free_tokens=free_tokens,
-                promised_tokens=sum([t.promised_tokens for t in self._by_request.values()]),
+                promised_tokens=self._tickets.promised_tokens(),
                 hashes=hashes(),
             )
         decision = record.decision
@@ -326,47 +305,9 @@ class DecodeSide:
             record=record,
             prompt=prompt,
         )
-        self._by_request[transfer.request_id] = transfer
         self.totals["offered"] += 1
-        self._send_offer(transfer, prompt, workers)
+        self._tickets.offer(transfer, prompt, workers)
         return NotYet()
-
-    def _send_offer(self, transfer: Transfer, prompt: PromptView, workers: tuple[str, ...]) -> None:
-        transfer.attempted_s = self._clock()
-        self._by_transfer[transfer.transfer_id] = transfer
-        self._port.offer(
-            OfferCall(
-                transfer_id=transfer.transfer_id,
-                nonce=transfer.nonce,
-                workers=workers,
-                token_ids=prompt.token_ids,
-                cached_tokens=transfer.cached_tokens,
-                http_fields=prompt.http_fields,
-                http_headers=prompt.http_headers,
-                priority=prompt.priority,
-                post=prompt.route is None,
-                held=prompt.route is not None and bool(prompt.route.held),
-                adapter=prompt.adapter,
-                under=(prompt.lora, prompt.cache_salt) if prompt.route is not None and prompt.route.held else (),
-            )
-        )
-
-    def _open(self, transfer: Transfer, block_ids: tuple[int, ...]) -> None:
-        """Tell the ranks what comes, and from whom."""
-        transfer.command = OpenReceive(
-            request_id=transfer.request_id,
-            transfer_id=transfer.transfer_id,
-            nonce=transfer.nonce,
-            peer=transfer.peer,
-            first_token=transfer.first_token,
-            end_token=transfer.end_token,
-            block_ids=block_ids,
-        )
-        self._commands.append(transfer.command)
-
-    def _say_ready(self, transfer: Transfer) -> None:
-        transfer.state = advance(transfer.state, Event.READY)
-        self._port.ready(transfer.transfer_id, transfer.peer, transfer.first_token, transfer.end_token)
 
     def _waits_for_another(self, prompt: PromptView, cached_tokens: int, hashes: Callable[[], Sequence[int]]) -> bool:
         """Whether most of what this prompt needs is already on its way for another one."""
@@ -393,124 +334,8 @@ class DecodeSide:
             return NotYet()
         return Claim(tokens)
 
-    def _wait_until_s(self, transfer: Transfer) -> float:
-        limits = self._settings.transfer
-        deadline_s = transfer.offered_s + limits.deadline_s
-        if transfer.state is State.OFFERED or (transfer.state is State.SUSPENDED and not transfer.accepted_s):
-            # each of two workers may use up its time to answer; a suspended one first waits for the ranks
-            return (transfer.attempted_s or self._clock()) + 2 * limits.offer_timeout_s + 0.5
-        if transfer.state in (State.ACCEPTED, State.SUSPENDED):
-            return min(deadline_s, transfer.accepted_s + limits.start_timeout_s + transfer.eta_s)
-        return deadline_s
-
-    # -- inside: repair ----------------------------------------------------------------------------------------
-
-    def _timed_out(self, transfer: Transfer) -> None:
-        # a started one waits for room here: that is not the worker's fault
-        blame = transfer.state is not State.STARTED
-        self._fail(transfer, Event.DEADLINE, f"timeout_{transfer.state.value}", blame=blame)
-
-    def _fail(self, transfer: Transfer, event: Event, reason: str, *, blame: bool = False) -> None:
-        """Its worker will not deliver: another one for what is missing, if there is one, or else this engine."""
-        if transfer.state in OVER:
-            return
-        if not self._may_go_elsewhere(transfer, reason):
-            self._abandon(transfer, event, reason, blame=blame)
-            return
-        if blame:
-            self._port.failed(transfer.peer, reason)
-        self._port.cancel(transfer.transfer_id, transfer.peer, reason)
-        self._by_transfer.pop(transfer.transfer_id, None)
-        transfer.tried.append(transfer.peer)
-        transfer.failure, transfer.peer, transfer.attempted_s = reason, "", 0.0
-        transfer.eta_s = transfer.accepted_s = transfer.started_s = 0.0
-        if transfer.state in LOADING:
-            transfer.state = advance(transfer.state, Event.SUSPEND)
-            self._commands.append(SuspendReceive(transfer.request_id))
-            self._repair_if_all_stopped(transfer)
-        else:
-            transfer.state = advance(transfer.state, Event.REPAIR)
-            self._repair(transfer)
-
-    def _may_go_elsewhere(self, transfer: Transfer, reason: str) -> bool:
-        prompt = transfer.prompt
-        if prompt is None or prompt.route is not None or not transfer.peer or transfer.tried:
-            return False
-        if reason in NOT_THE_WORKERS_FAULT or (transfer.state is State.STARTED and reason.startswith("timeout")):
-            return False
-        if self._clock() > transfer.offered_s + self._settings.transfer.deadline_s:
-            return False
-        return any(w.healthy and w.worker != transfer.peer for w in self._port.workers())
-
-    def _repair_if_all_stopped(self, transfer: Transfer) -> None:
-        """Once every rank has said how far it got."""
-        if len(transfer.suspended.keys() | transfer.done_ranks) < self._ranks:
-            return
-        if not transfer.done_ranks:
-            transfer.cached_tokens = transfer.first_token = min(transfer.suspended.values())
-            self._repair(transfer)
-        elif len(transfer.done_ranks) < self._ranks:  # a rank that has everything cannot be asked to go on
-            self._abandon(transfer, Event.FAIL, transfer.failure)
-
-    def _repair(self, transfer: Transfer) -> None:
-        prompt = transfer.prompt
-        assert prompt is not None
-        record = self._decisions.decide(
-            prompt,
-            transfer.cached_tokens,
-            free_tokens=self._free_tokens,
-            promised_tokens=sum([t.promised_tokens for t in self._by_request.values() if t is not transfer]),
-            without=transfer.tried,
-        )
-        if isinstance(record.decision, Local):
-            self._abandon(transfer, Event.FAIL, transfer.failure)
-            return
-        self.repairs[transfer.failure] += 1
-        self.totals["repaired"] += 1
-        transfer.transfer_id, transfer.nonce, transfer.record = secrets.token_bytes(16), secrets.randbits(64), None
-        self._send_offer(transfer, prompt, record.decision.workers)
-
-    def _resume(self, transfer: Transfer) -> None:
-        """The second worker has started: the ranks go on from what they all have."""
-        assert transfer.command is not None
-        self._open(transfer, transfer.command.block_ids)
-        self._say_ready(transfer)
-
-    def _release_fallbacks(self) -> None:
-        for request_id in self._pacer.released():
-            transfer = self._by_request.get(request_id)
-            if transfer is not None and not transfer.completed:
-                self._commands.append(AbandonReceive(request_id, transfer.failure))
-
-    def _abandon(self, transfer: Transfer, event: Event, reason: str, *, blame: bool = False) -> None:
-        """Give a transfer up; ``blame``: its worker is to be used less."""
-        if transfer.state in OVER:
-            return
-        if blame and transfer.peer:
-            self._port.failed(transfer.peer, reason)
-        transfer.state = advance(transfer.state, event)
-        transfer.failure = reason
-        if event is Event.ABORT:
-            self.totals["aborted"] += 1
-        else:
-            self.fallbacks[reason] += 1
-            transfer.given_up_s = self._clock()
-            self._journal.fell_back(transfer.request_id)
-        transfer.prompt = None
-        self._port.cancel(transfer.transfer_id, transfer.peer, reason)
-        if event is Event.ABORT:
-            if not transfer.completed:
-                self._commands.append(AbandonReceive(transfer.request_id, reason))
-            return
-        if not transfer.completed:  # the engine computes what is missing without asking again
-            self._load.arrived(transfer.request_id, transfer.prompt_tokens, transfer.first_token)
-        begin = transfer.cached_tokens if transfer.completed else transfer.first_token
-        self._pacer.add(transfer.request_id, transfer.prompt_tokens - begin)
-        self._release_fallbacks()
-
     def _forget(self, transfer: Transfer) -> None:
-        self._by_request.pop(transfer.request_id, None)
-        self._by_transfer.pop(transfer.transfer_id, None)
+        self._tickets.forget(transfer)
         row = transfer.row()
         self.recent.append(row)
         self._journal.transfer_over("decode", row)
@@ -520,22 +345,23 @@ class DecodeSide:
             match event:
                 case PeerJoined(add):
                     self._peers[add.peer] = add
-                    self._commands.append(add)
+                    self._tickets.tell(add)
                 case PeerLeft(peer, reason):
                     if self._peers.pop(peer, None) is not None:
-                        self._commands.append(RemovePeer(peer))
-                    for transfer in list(self._by_request.values()):
+                        self._tickets.tell(RemovePeer(peer))
+                    for transfer in list(self._tickets.by_request.values()):
                         if transfer.peer == peer:
-                            self._fail(transfer, Event.PEER_LOST, reason)
+                            self._repair.fail(transfer, Event.PEER_LOST, reason)
                 case PrefillEnded(transfer_id):
-                    if (ended := self._by_transfer.get(transfer_id)) is not None:  # often after its last chunk
+                    if (ended := self._tickets.by_transfer.get(transfer_id)) is not None:  # often after its last chunk
                         ended.prefill_ended_s = self._clock()
                 case PrefillAccepted() | PrefillStarted() | PrefillFailed():
-                    if (found := self._by_transfer.get(event.transfer_id)) is not None and found.state not in OVER:
+                    found = self._tickets.by_transfer.get(event.transfer_id)
+                    if found is not None and found.state not in OVER:
                         try:
                             self._progress(found, event)
                         except IllegalTransition:
-                            self._abandon(found, Event.FAIL, "protocol_error")
+                            self._repair.give_up(found, Event.FAIL, "protocol_error")
 
     def _progress(self, transfer: Transfer, event: PrefillAccepted | PrefillStarted | PrefillFailed) -> None:
         now = self._clock()
@@ -551,18 +377,17 @@ class DecodeSide:
                 transfer.started_s = transfer.started_s or now
                 transfer.state = advance(transfer.state, Event.START)
             case PrefillFailed(reason=reason):
-                self._fail(transfer, Event.FAIL, reason)
+                self._repair.fail(transfer, Event.FAIL, reason)
         if transfer.state is State.SUSPENDED and transfer.started_s:
-            self._resume(transfer)
+            self._repair.resume(transfer)
 
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
-        transfers = list(self._by_request.values())
         return {
             **self.figures(),
             **self._decisions.snapshot(),
-            "open": [t.row() for t in transfers if t.state not in OVER],
-            "tracked_requests": len(transfers) + len(self._local) + len(self._shared),
+            "open": [transfer.row() for transfer in self._tickets.open],
+            "tracked_requests": len(self._tickets.by_request) + len(self._local) + len(self._shared),
             "peers": {peer: add.epoch for peer, add in list(self._peers.items())},
             "recent": list(self.recent),
         }
@@ -576,7 +401,7 @@ class DecodeSide:
             "fallbacks": dict(self.fallbacks),
             "repairs": dict(self.repairs),
             "totals": dict(self.totals),
-            "open_transfers": sum(t.state not in OVER for t in list(self._by_request.values())),
+            "open_transfers": len(self._tickets.open),
             "held_tokens": self._held_tokens,
             "ranks": {str(rank): counters for rank, counters in list(self.rank_counters.items())},
         }

@@ -113,5 +113,12 @@ class TicketCancelled:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Prefill: this engine is about to leave; nothing is offered to it any more."""
+
+
 DecodeEvent = PeerJoined | PeerLeft | PrefillAccepted | PrefillStarted | PrefillFailed | PrefillEnded
-PrefillEvent = PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketRenewed | TicketCancelled | AdapterChecked
+PrefillEvent = (
+    PeerJoined | PeerLeft | TicketOffered | TicketReady | TicketRenewed | TicketCancelled | AdapterChecked | Leaving
+)

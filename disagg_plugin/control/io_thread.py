@@ -34,7 +34,7 @@ class IoThread:
 
         try:
             asyncio.run_coroutine_threadsafe(guarded(), self._loop).result(timeout_s)
-        except BaseException:
+        except BaseException:  # not swallowed: no thread stays behind, whatever interrupts the wait
             self._stop_loop()
             raise
 

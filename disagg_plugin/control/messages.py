@@ -228,6 +228,7 @@ class LoadReport(Message, frozen=True, tag="load"):
         prefill_tokens_per_s: Recent speed of steps that prefill.
         digest: A part of its prefix digest, if there is news; several parts are several reports.
         by_priority: ``(priority, tokens)`` of what is queued, where the engine schedules by priority.
+        draining: It is about to leave: every offer will be refused.
     """
 
     epoch: int
@@ -239,6 +240,7 @@ class LoadReport(Message, frozen=True, tag="load"):
     prefill: PrefillSpeed | None = None
     digest: DigestPart | None = None
     by_priority: tuple[tuple[int, int], ...] = ()
+    draining: bool = False
 
 
 class DigestRequest(Message, frozen=True, tag="digest?"):

@@ -1,19 +1,18 @@
 """The prefill role's half of the side channel: answers handshakes and offers at once, inside the I/O thread."""
 
-import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch, party_of
-from disagg_plugin.control.digest_stream import DigestSender
 from disagg_plugin.control.events import (
     AdapterChecked,
     Held,
+    Leaving,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
@@ -23,18 +22,15 @@ from disagg_plugin.control.events import (
     TicketRenewed,
 )
 from disagg_plugin.control.load import Load
+from disagg_plugin.control.load_reports import Awaited, HeldPrompt, LoadReports, Send
 from disagg_plugin.control.messages import (
-    PRIORITY,
     Accepted,
     AnyMessage,
     Cancel,
-    DigestPart,
     DigestRequest,
     Heartbeat,
     Hello,
-    LoadReport,
     Offer,
-    PrefillSpeed,
     Ready,
     Refused,
     Rejected,
@@ -45,12 +41,9 @@ from disagg_plugin.control.messages import (
 )
 from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
-from disagg_plugin.control.prefix_digest import PrefixDigest
-from disagg_plugin.control.report_pacer import Later, ReportPacer
+from disagg_plugin.control.report_pacer import Later
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import AddPeer
-from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS, prefix_hashes
-from disagg_plugin.serving.prefix_index import MAX_CHUNKS
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +51,6 @@ REMEMBERED_OFFERS = 8192
 TRANSFER_ID_BYTES = 16
 LONGEST_DEADLINE_S = 86_400.0
 CODECS = frozenset({"auto", "raw", "int8", "int8c"})
-
-Send = Callable[[bytes, AnyMessage], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class HeldPrompt:
-    """A prompt of which the engine has computed the KV; what its prefix hashes are made from."""
-
-    token_ids: Sequence[int]
-    salt: str = ""
-    lora: str = ""
 
 
 @dataclass(slots=True)
@@ -80,16 +62,6 @@ class _Peer:
     identity: bytes
     key: str  # that proved it; empty without keys
     heard_s: float
-    digest: DigestSender = field(default_factory=DigestSender)
-
-
-@dataclass(frozen=True, slots=True)
-class _Awaited:
-    """An accepted prompt whose HTTP request was not seen yet."""
-
-    until_s: float
-    prompt_tokens: int
-    priority: int = 0
 
 
 class PrefillService:
@@ -97,7 +69,7 @@ class PrefillService:
 
     ``on_message`` and ``sweep`` run in the I/O thread; ``started``, ``cancel``, ``arrived``, ``publish``, ``holds``,
     ``cache_reset`` and ``drain`` are for the scheduler's thread: they only store, and wake the I/O thread at most once
-    a report. Prompts are hashed in the I/O thread.
+    a report. ``leave`` and ``stay`` are for any thread, and for signal handlers.
 
     Args:
         key_of: The key that proved the client of this identity.
@@ -129,40 +101,40 @@ class PrefillService:
         self._by_identity: dict[bytes, _Peer] = {}
         self._key_of = key_of
         self._offered_by: dict[bytes, str] = {}  # transfer id -> engine, in order
-        self._awaited: dict[bytes, _Awaited] = {}
+        self._awaited: dict[bytes, Awaited] = {}
         self._holds: dict[bytes, Held] = {}  # what a router will send somebody for
         self._adapters = AdapterDigests()
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
-        self._pacer = ReportPacer(self._report_to_all, post=post, later=later, clock=clock)
-        self._capacity_chunks = min(kv_capacity_tokens // CHUNK_TOKENS, MAX_CHUNKS)
-        self._digest = PrefixDigest(self._capacity_chunks)
-        self._held: deque[HeldPrompt | None] = deque()  # None: the engine's prefix cache was reset
-        self._load = Load()
-        self._kv_usage = 0.0
         self._refuse_all = ""
         self.counters: Counter[str] = Counter()
+        self._reports = LoadReports(
+            welcome,
+            self.counters,
+            awaited=lambda: list(self._awaited.values()),
+            send=send,
+            post=post,
+            later=later,
+            clock=clock,
+            kv_capacity_tokens=kv_capacity_tokens,
+        )
 
     # -- scheduler's thread ------------------------------------------------------------------------------------
 
     def publish(self, load: Load, kv_usage: float) -> None:
         """The load that the next offers are judged by, with the prompts in it that have arrived meanwhile."""
-        self._load, self._kv_usage = load, kv_usage
+        self._reports.load = load  # first: what it counts is not awaited any more
         while self._arrived:
             self._awaited.pop(self._arrived.pop(), None)
-        if self._peers:
-            self._pacer.changed()
+        self._reports.publish(load, kv_usage)
 
     def holds(self, prompt: HeldPrompt) -> None:
         """The engine has computed this prompt, offloaded or not: its prefixes are in the cache."""
-        if self._capacity_chunks and len(prompt.token_ids) >= CHUNK_TOKENS:
-            self._held.append(prompt)
-            self._pacer.changed()
+        self._reports.holds(prompt)
 
     def cache_reset(self) -> None:
         """The engine has emptied its prefix cache."""
-        self._held.append(None)
-        self._pacer.changed()
+        self._reports.cache_reset()
 
     def started(self, transfer_id: bytes, peer: str) -> None:
         self._post(self._send_to, peer, Started(transfer_id))
@@ -195,8 +167,23 @@ class PrefillService:
             yield self._events.popleft()
 
     def refuse_all(self, reason: str) -> None:
-        """From now on every offer is refused (draining)."""
+        """From now on every offer is refused."""
         self._refuse_all = reason
+
+    # -- any thread --------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Take no more prompts: offers are refused, decode engines are told, and what was not begun is handed back."""
+        self._post(self._set_leaving, True)
+
+    def stay(self) -> None:
+        """Take prompts again."""
+        self._post(self._set_leaving, False)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes no more prompts."""
+        return self._reports.draining
 
     # -- I/O thread --------------------------------------------------------------------------------------------
 
@@ -224,10 +211,20 @@ class PrefillService:
                     self._send(identity, Rejected("unknown_peer", str(self._welcome.epoch), str(epoch)))
             case DigestRequest() if peer is not None:
                 self.counters["digest_requests"] += 1
-                peer.digest.start_over()
-                self._pacer.soon()
+                self._reports.start_over(identity)
             case _:
                 self.counters["unexpected_messages"] += 1
+
+    def _set_leaving(self, leaving: bool) -> None:
+        if leaving is self.leaving:
+            return
+        self._reports.draining = leaving
+        if leaving:
+            logger.info("disagg: this prefill engine takes no more prompts; what it has begun it will end")
+            self._events.append(Leaving())
+        else:
+            logger.info("disagg: this prefill engine takes prompts again")
+        self._reports.soon()
 
     def _is_its(self, transfer_id: bytes, peer: _Peer | None) -> bool:
         """Whether this engine has a say in the transfer: it offered it, or nobody has and it is held for a router."""
@@ -250,17 +247,16 @@ class PrefillService:
 
     def close(self) -> None:
         """No more reports."""
-        self._pacer.stop()
+        self._reports.stop()
 
     def snapshot(self) -> dict[str, object]:
         """The debug view."""
-        load = self._load
         return {
             **self.counters,
             "peers": sorted(self._peers),
             "awaited": len(self._awaited),
-            "digest_chunks": len(self._digest),
-            "load": {**asdict(load), "kv_usage": self._kv_usage},
+            "draining": self.leaving,
+            **self._reports.snapshot(),
         }
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
@@ -284,6 +280,7 @@ class PrefillService:
             self._leave(known, "peer_restarted")
         elif known is not None:
             self._by_identity.pop(known.identity, None)
+            self._reports.forget(known.identity)
         peer = _Peer(hello.engine, hello.epoch, identity, key, self._clock())
         self._peers[hello.engine] = peer
         self._by_identity[identity] = peer
@@ -301,7 +298,7 @@ class PrefillService:
             )
         )
         self._send(identity, self._welcome)
-        self._pacer.soon()
+        self._reports.add(identity)
 
     def _offer(self, identity: bytes, peer: _Peer | None, offer: Offer) -> None:
         reason = self._refusal(peer, offer)
@@ -331,13 +328,13 @@ class PrefillService:
             self.counters["accepted"] += 1
             self._send(identity, Accepted(offer.transfer_id, 0.0))
             return
-        load = self._load
-        eta_s = load.eta_s + self._awaited_tokens() / load.prefill_tokens_per_s
+        load = self._reports.load
+        eta_s = load.eta_s + self._reports.awaited_tokens / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
-        self._awaited[offer.transfer_id] = _Awaited(until_s, offer.prompt_tokens, offer.priority)
+        self._awaited[offer.transfer_id] = Awaited(until_s, offer.prompt_tokens, offer.priority)
         self.counters["accepted"] += 1
         self._send(identity, Accepted(offer.transfer_id, eta_s))
-        self._pacer.soon()
+        self._reports.soon()
 
     def _refusal(self, peer: _Peer | None, offer: Offer) -> str:
         if peer is None:
@@ -354,9 +351,11 @@ class PrefillService:
             return "" if self._is_adapter(held.adapter, offer.adapter) else "adapter_differs"
         if self._refuse_all:
             return self._refuse_all
+        if self.leaving:
+            return "draining"
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
             return "prompt_too_long"
-        if self._load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
+        if self._reports.load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
             return "queue_full"
         return ""
 
@@ -370,61 +369,10 @@ class PrefillService:
             logger.warning("disagg: an adapter cannot be compared: %s", error)
             return False
 
-    def _awaited_tokens(self) -> int:
-        return sum([awaited.prompt_tokens for awaited in list(self._awaited.values())])
-
-    def _by_priority(self, load: Load) -> tuple[tuple[int, int], ...]:
-        tokens = dict(load.by_priority)
-        for awaited in list(self._awaited.values()):
-            tokens[awaited.priority] = tokens.get(awaited.priority, 0) + awaited.prompt_tokens
-        return tuple(sorted(tokens.items()))
-
-    # -- I/O thread: reports -----------------------------------------------------------------------------------
-
-    def _report_to_all(self) -> bool:
-        """One report to each decode engine, more while its part of the digest is large; whether there is any."""
-        self._hash_held()
-        delta = self._digest.take_delta()
-        for peer in self._peers.values():
-            parts = peer.digest.parts(delta, self._digest.full)
-            for part in itertools.chain([next(parts, None)], parts):
-                if not self._send(peer.identity, self._report(part)):
-                    peer.digest.start_over()  # it reads too slowly, or is gone
-                    break
-                self.counters["reports"] += 1
-        return bool(self._peers)
-
-    def _hash_held(self) -> None:
-        while self._held:
-            prompt = self._held.popleft()
-            if prompt is None:
-                self._digest.clear()
-                continue
-            try:
-                hashes = prefix_hashes(prompt.token_ids, salt=prompt.salt, lora=prompt.lora)
-            except (OverflowError, TypeError):  # no token ids: a placeholder of the engine's
-                self.counters["unhashable_prompts"] += 1
-                continue
-            self._digest.touch(hashes)
-
-    def _report(self, part: DigestPart | None) -> LoadReport:
-        load = self._load
-        model = load.prefill
-        return LoadReport(
-            epoch=self._welcome.epoch,
-            queued_requests=load.queued_requests + len(self._awaited),
-            queued_prefill_tokens=load.queued_prefill_tokens + self._awaited_tokens(),
-            running_requests=load.running_requests,
-            kv_usage=self._kv_usage,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            prefill=PrefillSpeed(model.base_s, model.per_token_s, model.per_pair_s, model.samples, model.error),
-            digest=part,
-            by_priority=self._by_priority(load) if PRIORITY in self._welcome.features else (),
-        )
-
     def _leave(self, peer: _Peer, reason: str) -> None:
         self._peers.pop(peer.engine, None)
         self._by_identity.pop(peer.identity, None)
+        self._reports.forget(peer.identity)
         self.counters[reason] += 1
         self._events.append(PeerLeft(peer.engine, reason))
 

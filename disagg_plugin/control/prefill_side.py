@@ -23,6 +23,7 @@ from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
     AdapterChecked,
     Held,
+    Leaving,
     PeerJoined,
     PeerLeft,
     PrefillEvent,
@@ -365,6 +366,8 @@ class PrefillSide:
                 case TicketRenewed(transfer_id):
                     if (renewed := self._tickets.get(transfer_id)) is not None:
                         renewed.hold_until_s = self._clock() + self._settings.transfer.hold_s
+                case Leaving():
+                    self._hand_back()
                 case TicketOffered():
                     self._tickets[event.transfer_id] = _Ticket(event, self._clock())
                     self.totals["offered"] += 1
@@ -373,6 +376,12 @@ class PrefillSide:
                 case TicketCancelled(transfer_id, reason):
                     if (ticket_or_none := self._tickets.get(transfer_id)) is not None:
                         self._drop(ticket_or_none, Event.ABORT, reason, tell=False)
+
+    def _hand_back(self) -> None:
+        """What waits for its turn here is sooner done elsewhere; what has begun, or is held for a router, is not."""
+        for ticket in list(self._tickets.values()):
+            if ticket.offer.peer and not ticket.offer.held and not ticket.started_s:
+                self._drop(ticket, Event.ABORT, "draining", tell=True)
 
     def _claimed(self, event: TicketOffered) -> None:
         """A decode engine has the request whose KV is held. It may come too late: the lease may have just ended."""

@@ -36,7 +36,8 @@ from disagg_plugin.control.worker_directory import (
     WorkerDirectory,
     resolve_all,
 )
-from disagg_plugin.control.worker_link import Health, MakeClient, Surroundings, WorkerLink
+from disagg_plugin.control.worker_health import Health
+from disagg_plugin.control.worker_link import MakeClient, Surroundings, WorkerLink
 from disagg_plugin.serving.latency import LatencyModel
 from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS
 from disagg_plugin.serving.prefix_index import PrefixIndex

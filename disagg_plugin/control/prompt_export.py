@@ -15,7 +15,8 @@ from typing import Protocol
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.boundary import boundary
 from disagg_plugin.control.load import LoadTracker
-from disagg_plugin.control.prefill_service import HeldPrompt, PrefillService
+from disagg_plugin.control.load_reports import HeldPrompt
+from disagg_plugin.control.prefill_service import PrefillService
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.kv.commands import Command, RankReport

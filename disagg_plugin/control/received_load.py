@@ -31,6 +31,7 @@ class ReceivedLoad:
     prefill_tokens_per_s: float = DEFAULT_TOKENS_PER_S
     prefill: PrefillModel = UNKNOWN_SPEED
     by_priority: tuple[tuple[int, int], ...] = ()
+    draining: bool = False
 
     def updated(self, report: LoadReport) -> "ReceivedLoad":
         """The newest values, each the last good one where the report's makes no sense."""
@@ -45,6 +46,7 @@ class ReceivedLoad:
             ),
             prefill=_model(report.prefill) or self.prefill,
             by_priority=tuple([(p, min(max(t, 0), MOST_TOKENS)) for p, t in report.by_priority[:MOST_PRIORITIES]]),
+            draining=report.draining,
         )
 
     def assuming(self, prefill: PrefillModel | None) -> "ReceivedLoad":

@@ -19,6 +19,7 @@ from disagg_plugin.control.channel import ChannelState, SideChannelClient, SideC
 from disagg_plugin.control.compatibility import Party
 from disagg_plugin.control.io_thread import IoThread
 from disagg_plugin.control.keys import KeyRing
+from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.control.messages import (
     HELD,
     PRIORITY,
@@ -71,11 +72,22 @@ class ControlService:
     """The side channel and the offload calls of one scheduler process."""
 
     def __init__(
-        self, settings: DisaggSettings, facts: EngineFacts, *, snapshot: Callable[[], dict[str, object]]
+        self,
+        settings: DisaggSettings,
+        facts: EngineFacts,
+        *,
+        snapshot: Callable[[], dict[str, object]],
+        word: LeavingWord | None = None,
     ) -> None:
+        """
+        Args:
+            word: Where the server's other processes say that this engine is to leave.
+        """
         channel = settings.side_channel
         self._settings = settings
         self._snapshot = snapshot
+        self._word = word
+        self._word_stood = False
         self._io = IoThread()
         self._keys = KeyRing.load(Path(channel.keys_dir)) if channel.keys_dir else None
         check_exposure(channel.host, self._keys, channel.insecure)
@@ -122,7 +134,7 @@ class ControlService:
         )
         try:
             self.port = await self._server.start()
-        except BaseException:
+        except BaseException:  # not swallowed: the context has a thread of its own
             self._context.term()
             raise
         if self.decode is not None:
@@ -143,9 +155,16 @@ class ControlService:
         while True:
             await asyncio.sleep(self._settings.side_channel.heartbeat_s)
             if self.prefill is not None:
+                self._look_at_word(self.prefill)
                 self.prefill.sweep()
             if self.decode is not None:
                 self.decode.sweep()
+
+    def _look_at_word(self, prefill: PrefillService) -> None:
+        stands = self._word is not None and self._word.stands
+        if stands is not self._word_stood:  # a change only: SIGTERM says the same, and nobody takes that back
+            self._word_stood = stands
+            (prefill.leave if stands else prefill.stay)()
 
     def _on_message(self, identity: bytes, message: AnyMessage) -> None:
         if isinstance(message, SnapshotRequest):
@@ -175,6 +194,7 @@ class ControlService:
             view["side_channel"] = dict(self._server.counters)
         if self.prefill is not None:
             view["prefill_service"] = dict(self.prefill.counters)
+            view["draining"] = self.prefill.leaving
         if self.decode is not None:
             view["prefill_workers"] = self.decode.figures()
         return view

@@ -1,18 +1,4 @@
-"""The link to one prefill worker: handshake, health, what it reports, and what it was offered since; I/O thread.
-
-Health, as the debug snapshot names it:
-
-==============  ===================================================================================================
-connecting      nobody answers yet, or the connection was lost; retried for ever
-healthy         may be offered prompts
-suspect         connected, but its last load report is more than a second old: not offered anything
-backed_off      it failed offloads: not offered anything until a time, then one prompt as a probe
-silent          connected, but not a word for ``peer_timeout_s``: lost; introduced to again with every heartbeat
-refused         the keys, the model, the cache or the version do not fit
-ring_exhausted  no region of our landing ring is left for it
-leaving         its name's look-up does not list it any more; what is under way may end
-==============  ===================================================================================================
-"""
+"""The link to one prefill worker: handshake, health, what it reports, and what it was offered since; I/O thread."""
 
 import asyncio
 import logging
@@ -20,8 +6,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -52,13 +37,13 @@ from disagg_plugin.control.received_load import ReceivedLoad, sane_eta_s
 from disagg_plugin.control.uncounted_offers import UncountedOffers
 from disagg_plugin.control.wire_cost import codec_choices, wire_bytes_per_token, wire_codec
 from disagg_plugin.control.worker_directory import WorkerAddress
+from disagg_plugin.control.worker_health import Health, standing
 from disagg_plugin.errors import PeerLost
 from disagg_plugin.kv.commands import AddPeer
 from disagg_plugin.serving.latency import OVERHEAD_PRIOR_S, LatencyModel
 from disagg_plugin.serving.prefix_index import PrefixIndex
 from disagg_policies.snapshots import CodecChoices, PrefillModel, WorkerState
 
-SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 REPORTS_EVERY_S = 0.5  # at least, by P's promise
 DIGEST_ASK_AGAIN_S = 1.0
 FADES_BY_HALF_S = 10.0
@@ -67,19 +52,6 @@ NEWEST_SHARE = 0.2  # of the newest transfer in what a token takes on the wire
 logger = logging.getLogger(__name__)
 
 MakeClient = Callable[..., SideChannelClient]
-
-
-class Health(StrEnum):
-    """See the module's table."""
-
-    CONNECTING = "connecting"
-    HEALTHY = "healthy"
-    SUSPECT = "suspect"
-    BACKED_OFF = "backed_off"
-    SILENT = "silent"
-    REFUSED = "refused"
-    RING_EXHAUSTED = "ring_exhausted"
-    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +203,9 @@ class WorkerLink:
                 if isinstance(message, Accepted):
                     message = Accepted(transfer_id, sane_eta_s(message.eta_s))
                     self._offers.accepted(transfer_id)  # here, not where it is awaited: a report may follow at once
+                elif message.reason == "draining":  # the report that says so may come after the next prompt
+                    self._load = replace(self._load, draining=True)
+                    self._changed()
                 answer = self.answers.get(transfer_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -342,7 +317,8 @@ class WorkerLink:
 
     def may_ask(self) -> bool:
         """Whether a prompt may be offered to it now."""
-        return self.welcome is not None and self.left_s is None and self.backoff.may_ask(self.around.clock())
+        wants = self.welcome is not None and not self._load.draining
+        return wants and self.left_s is None and self.backoff.may_ask(self.around.clock())
 
     def offered(self, transfer_id: bytes, tokens: int, priority: int = 0) -> None:
         """A prompt of ours is, or is about to be, offered to it; idempotent."""
@@ -420,6 +396,7 @@ class WorkerLink:
             kv_usage=load.kv_usage,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             reported_s=self._reported_s or 0.0,
+            draining=load.draining,
             in_flight_requests=self._offers.requests,
             in_flight_tokens=self._offers.tokens,
             by_priority=self._by_priority(load),
@@ -475,15 +452,12 @@ class WorkerLink:
 
     def standing(self) -> tuple[Health, str]:
         """Health as of now, and why."""
-        now_s = self.around.clock()
-        health, reason = self.health, self.reason
-        age_s = None if self._reported_s is None else now_s - self._reported_s
-        if self.left_s is not None:
-            health, reason = Health.LEAVING, f"not listed for {now_s - self.left_s:.1f} s"
-        elif health is Health.HEALTHY and not self.backoff.may_ask(now_s):
-            probing = self.backoff.probe_s is not None
-            health = Health.BACKED_OFF
-            reason = "probing" if probing else f"{self.backoff.until_s - now_s:.1f} s left"
-        elif health is Health.HEALTHY and (age_s is None or age_s > SUSPECT_AFTER_S):
-            health, reason = Health.SUSPECT, "no load report" if age_s is None else f"load report {age_s:.1f} s old"
-        return health, reason
+        return standing(
+            self.health,
+            self.reason,
+            now_s=self.around.clock(),
+            left_s=self.left_s,
+            reported_s=self._reported_s,
+            draining=self._load.draining,
+            backoff=self.backoff,
+        )

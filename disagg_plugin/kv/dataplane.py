@@ -428,7 +428,7 @@ class DataPlane:
         except ConfigError as error:
             self._counters["hook_errors"] += 1
             logger.error("%s: %s", self._name, error)
-        except Exception:
+        except Exception:  # whatever it is: one transfer may be lost, the engine not
             self._counters["hook_errors"] += 1
             logger.exception("%s: %s", self._name, args)
 

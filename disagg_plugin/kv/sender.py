@@ -430,7 +430,7 @@ class Stager:
                 return
             try:
                 chunk = self._stage_chunk(state, ticket, outflow, slot)
-            except BaseException:
+            except BaseException:  # not swallowed: a slot that was taken is given back
                 link.slots.give(slot)
                 raise
             outflow.sequence += 1

@@ -98,6 +98,17 @@ class Transport(Protocol):
         ...
 
 
+def nixl_errors() -> tuple[type[Exception], ...]:
+    """What NIXL's calls raise: its own kinds have no base in common, and pybind11 adds Python's.
+
+    Raises:
+        ImportError: NIXL is not installed.
+    """
+    bindings = importlib.import_module("nixl._bindings")
+    own = [getattr(bindings, name) for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
+    return (*own, KeyError, ValueError, RuntimeError)
+
+
 class NixlTransport:
     """NIXL over host memory (``DRAM``)."""
 
@@ -115,14 +126,12 @@ class NixlTransport:
         """
         try:
             api = importlib.import_module("nixl._api")
-            bindings = importlib.import_module("nixl._bindings")
+            self._errors = nixl_errors()
         except ImportError as error:
             raise ConfigError(f"NIXL is not installed ({error}): pip install disagg-plugin[nixl]") from error
         if net_devices is not None:
             os.environ["UCX_NET_DEVICES"] = net_devices  # UCX reads it when the backend starts
-        errors = [getattr(bindings, name) for name in dir(bindings) if name.startswith("nixl") and name[-5:] == "Error"]
-        self._errors: tuple[type[Exception], ...] = (*errors, KeyError, ValueError, RuntimeError)
-        self._lost: type[Exception] = bindings.nixlRemoteDisconnectError
+        self._lost: type[Exception] = importlib.import_module("nixl._bindings").nixlRemoteDisconnectError
         self._name = agent_name
         self._registered: list[tuple[Any, torch.Tensor]] = []
         config = api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[backend])

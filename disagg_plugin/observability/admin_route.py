@@ -1,8 +1,9 @@
 """``/disagg/status`` and ``/disagg/drain``: an ASGI middleware, there only if the user asked for it.
 
 GET    /disagg/status    this API server's figures, as JSON
-POST   /disagg/drain     new requests are refused with 503 from now on, by all API servers; those under way go on
-DELETE /disagg/drain     they are taken again
+POST   /disagg/drain     new requests are refused with 503 from now on, by all API servers; those under way go on.
+                         A prefill engine takes no more prompts for others, and hands back what it has not begun
+DELETE /disagg/drain     both are taken again
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from disagg_plugin.admission.gate import Gate
+from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.observability.frontend import Frontend
 
 STATUS, DRAIN = "/disagg/status", "/disagg/drain"
@@ -32,16 +34,19 @@ class AdminPaths:
         *,
         figures: Callable[[], Frontend | None],
         gate: Callable[[], Gate | None],
+        word: Callable[[], LeavingWord | None] = lambda: None,
         keys: Callable[[Scope], Sequence[str]] = lambda _scope: (),
     ) -> None:
         """
         Args:
             figures, gate: Asked with every request: they may come later than the route.
+            word: How a prefill engine's scheduler processes learn of it.
             keys: The server's keys, where it does not itself ask for one on every path.
         """
         self._app = app
         self._figures = figures
         self._gate = gate
+        self._word = word
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,18 +67,23 @@ class AdminPaths:
         return self._drain(scope["method"] == "POST") if path == DRAIN else self._status()
 
     def _drain(self, draining: bool) -> tuple[int, dict[str, object]]:
-        gate = self._gate()
-        if gate is None:
+        gate, word = self._gate(), self._word()
+        if gate is None and word is None:
             problem = "nothing refuses requests here: qos.enable_early_rejection is off, or no request came yet"
             return 503, {"error": problem}
-        gate.drain(draining)
+        if word is not None:
+            (word.say if draining else word.take_back)()
+        if gate is not None:
+            gate.drain(draining)
         return 200, {"draining": draining}
 
     def _status(self) -> tuple[int, dict[str, object]]:
         figures = self._figures()
         if figures is None:
             return 503, {"error": "the engine has not started yet"}
-        status, gate = figures.status(), self._gate()
+        status, gate, word = figures.status(), self._gate(), self._word()
+        if word is not None:
+            status = {**status, "draining": word.stands}
         return 200, status if gate is None else {**status, "gate": gate.status()}
 
 

@@ -159,6 +159,8 @@ class Collector:
         gauges[series_key("disagg_active")] = 0 if reason else 1
         if reason:
             gauges[series_key("disagg_inactive", reason)] = 1
+        if "draining" in view:
+            gauges[series_key("disagg_draining")] = bool(view["draining"])
         decode, prefill = view.get("decode") or {}, view.get("prefill") or {}
         self._read_decode(deltas, decode)
         self._read_prefill(deltas, prefill)

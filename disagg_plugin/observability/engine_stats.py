@@ -54,7 +54,7 @@ class EngineStats:
             if self._collector is None:
                 self._collector = self._make_collector()
             return self._collector.collect(at_rest=comes_to_rest)
-        except Exception:
+        except Exception:  # figures may be missing, a step may not
             self._failures += 1
             if self._failures == 1:
                 logger.exception("disagg: no figures can be collected; further failures are not logged")

@@ -65,6 +65,7 @@ _TABLE: tuple[Metric, ...] = (
     # whether it works at all
     _gauge("disagg_active", "1 while the plugin takes part; 0: every prompt is prefilled where it arrived."),
     _gauge("disagg_inactive", "1 for the reason why the plugin takes no part.", "reason", exclusive=True),
+    _gauge("disagg_draining", "1 while this prefill engine takes no more prompts for others, because it is to leave."),
     _gauge("disagg_stats_timestamp_seconds", "Unix time at which the engine last sent figures; it sends none idle."),
     # decisions
     _count("disagg_decisions_total", "Decisions on where a prompt is prefilled, by reason.", "reason"),

@@ -7,11 +7,6 @@ The sender never waits: while the socket takes nothing, increments merge and go 
 in a folder that only this user can enter, so what arrives there is believed.
 """
 
-import atexit
-import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,23 +14,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
-
-logger = logging.getLogger(__name__)
 
 UNSENT_MESSAGES = 64  # in the socket, before increments merge
 
 
-def make_address() -> str:
-    """Where the two processes meet; once, by the process that starts them. Gone when that ends."""
-    folder = Path(tempfile.mkdtemp(prefix="disagg-"))
-    maker = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == maker:  # forked children end as well
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
+def address_in(folder: Path) -> str:
+    """Where the two processes meet; see ``meeting_folder``."""
     return f"ipc://{folder}/reports"
 
 
@@ -82,16 +68,14 @@ class ReportReceiver:
 
     async def run(self, listener: Callable[[Deltas], None]) -> None:
         """Call ``listener`` with each report, until cancelled. What it raises is logged, once."""
-        failed = False
+
+        @guarded
+        def hear(message: bytes) -> None:
+            listener(Deltas(msgspec.msgpack.decode(message, type=dict)))
+
         try:
             while True:
-                message = await self._socket.recv()
-                try:
-                    listener(Deltas(msgspec.msgpack.decode(message, type=dict)))
-                except Exception:  # a report or a listener of ours: the server must go on serving
-                    if not failed:
-                        logger.exception("disagg: a report of the scheduler process could not be used")
-                    failed = True
+                hear(await self._socket.recv())
         finally:
             self._socket.close()
             self._context.term()

@@ -63,6 +63,7 @@ def status_of(scrape: Scrape, *, now_s: float) -> View:
     return {
         "active": scrape.total("disagg_active") > 0 if "disagg_active" in scrape else None,
         "inactive_reasons": [r for r, on in scrape.by("disagg_inactive", "reason").items() if on],
+        "draining": scrape.total("disagg_draining") > 0,
         "stats_age_s": round(max(0.0, now_s - max(stamps)), 1) if stamps else None,
         "classes": _classes(scrape),
         "queues": _queues(scrape),

@@ -5,6 +5,7 @@ Reasons to stay, in the order in which they are looked at:
     short_prompt       too few tokens to compute, even without any cache
     cached_enough      a longer prompt, but what is left to compute is too little, or enough of it is cached
     no_workers         none is configured
+    draining           none is healthy, and one of them is about to leave
     no_healthy_worker  none is connected, compatible and heard of within the last second
     prompt_too_long    no healthy worker takes a prompt of this length
     queue_full         no such worker has room in its queue

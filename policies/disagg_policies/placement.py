@@ -48,9 +48,10 @@ def why_nobody(
     """The word for counters where ``eligible`` is empty: the first requirement that leaves no worker."""
     if not workers:
         return "no_workers"
-    healthy = [w for w in workers if w.healthy and w.reported_s >= now_s - suspect_after_s]
+    present = [w for w in workers if w.reported_s >= now_s - suspect_after_s]
+    healthy = [w for w in present if w.healthy]
     if not healthy:
-        return "no_healthy_worker"
+        return "draining" if any(w.draining for w in present) else "no_healthy_worker"
     return "queue_full" if any(w.max_prompt_tokens >= prompt_tokens for w in healthy) else "prompt_too_long"
 
 

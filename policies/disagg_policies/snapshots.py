@@ -165,6 +165,7 @@ class WorkerState(_Derived):
         overhead_s: What an offload to it costs that is neither queue, prefill nor bytes: offer, HTTP, hand-over.
         prefill: What D learned about its prefills.
         link: What D learned about the wire from it.
+        draining: It is about to leave and takes no more prompts; then it is not ``healthy``.
         by_priority: ``(priority, tokens)`` of its queue and of what is in flight, where it schedules by priority: what
             is less urgent is not ahead of a prompt. Empty where it does not.
     """
@@ -184,6 +185,7 @@ class WorkerState(_Derived):
     prefill: PrefillModel = PrefillModel()
     link: Link = Link()
     by_priority: tuple[tuple[int, int], ...] = ()
+    draining: bool = False
 
     def __post_init__(self) -> None:
         speed, running, link = self.prefill_tokens_per_s, self.running_requests, self.link
@@ -252,7 +254,8 @@ class Placement:
     """Workers to offer to, best first; none, and why.
 
     Attributes:
-        reason: The policy's name, or ``no_workers``, ``no_healthy_worker``, ``prompt_too_long``, ``queue_full``.
+        reason: The policy's name, or ``no_workers``, ``draining``, ``no_healthy_worker``,
+            ``prompt_too_long``, ``queue_full``.
         scores: Of ``workers``, where the policy computes any; higher is better.
     """
 

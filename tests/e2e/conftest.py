@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from e2e.client import Engine, at_once
 from e2e.running import FLEET
+from engine_processes import is_alive
 from engines import free_port, serving, vllm_command, vllm_env
 from models import tiny
 
@@ -106,7 +106,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model = tiny()
     p_port, p_side, d_port, d_side, s_port, other_side = (free_port() for _ in range(6))
     other_port = free_port()
-    p_plan = Plan("prefill", model, p_port, 0, settings("prefill", p_side))
+    p_plan = Plan(
+        "prefill",
+        model,
+        p_port,
+        0,
+        settings("prefill", p_side, observability={"admin_route": True}),
+        extra=("--shutdown-timeout", "120"),
+    )
     workers = [
         {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"},
         # comes up late in the session, with other weights, to be refused
@@ -148,11 +155,6 @@ def is_quiet(view: dict[str, Any]) -> bool:
 def not_vllms(threads: list[str]) -> list[str]:
     """vLLM compiles grammars in a pool of its own, from the first structured output on."""
     return [name for name in threads if not name.startswith("ThreadPoolExecutor")]
-
-
-def is_alive(engine: Engine) -> bool:
-    """Whether its first process runs; one that has ended stays a zombie until its start is left."""
-    return psutil.pid_exists(engine.pid) and psutil.Process(engine.pid).status() != psutil.STATUS_ZOMBIE
 
 
 def settle(engine: Engine) -> dict[str, Any]:

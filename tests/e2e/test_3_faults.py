@@ -3,6 +3,7 @@
 Ordered: later tests kill and replace engines.
 """
 
+import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 from e2e.client import Engine, at_once, same_tokens
 from e2e.conftest import Fleet, settings, settle
 from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
-from engine_processes import end_tree, slowed
+from engine_processes import end_tree, is_alive, slowed, stopped_models
 from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -22,6 +23,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 def chunks_received(view: dict[str, Any]) -> float:
     """Since the decode engine's start; a chunk counts once its KV stands in the engine's cache."""
     return sum(rank["chunks_received"] for rank in view["decode"]["ranks"].values())
+
+
+def worker_states(view: dict[str, Any]) -> set[str]:
+    """How the decode engine finds its prefill workers."""
+    return {worker["state"] for worker in view["prefill_workers"]["workers"].values()}
 
 
 def preemptions(engine: Engine) -> float:
@@ -137,6 +143,43 @@ def test_a_restarted_prefill_worker_is_used_again(pair: Fleet) -> None:
     pair.restart_prefill()
     pair.decode.when(lambda v: any(w["healthy"] for w in v["prefill_workers"]["workers"].values()), within_s=60)
     assert_offloaded_as_local(pair, prompt_of(700, seed=9), cache_salt="restarted")
+
+
+def test_a_prefill_worker_that_drains_is_not_asked_until_it_takes_prompts_again(pair: Fleet) -> None:
+    prompt = prompt_of(700, seed=11)
+    answer = pair.prefill.http.post(f"{pair.prefill.url}/disagg/drain")
+    assert (answer.status_code, answer.json()) == (200, {"draining": True})
+    try:
+        before = pair.decode.when(lambda v: "draining" in worker_states(v))["decode"]["decisions"].get("draining", 0)
+        counted = Offloads(pair.decode)
+        got = pair.decode.complete(prompt, cache_salt="drains")
+        assert same_tokens(got, pair.stock.complete(prompt, cache_salt="local"))
+        assert counted.totals()["offered"] == 0
+        assert pair.decode.snapshot()["decode"]["decisions"]["draining"] == before + 1
+        assert pair.prefill.http.get(f"{pair.prefill.url}/disagg/status").json()["draining"]
+    finally:
+        answer = pair.prefill.http.delete(f"{pair.prefill.url}/disagg/drain")
+    assert (answer.status_code, answer.json()) == (200, {"draining": False})
+    pair.decode.when(lambda v: "healthy" in worker_states(v))
+    assert_offloaded_as_local(pair, prompt_of(700, seed=12), cache_salt="takes prompts again")
+
+
+def test_a_prefill_worker_that_is_told_to_leave_ends_what_it_has_begun(pair: Fleet) -> None:
+    """SIGTERM to its first process alone, as Kubernetes sends it. The last of this prefill engine."""
+    prompt = prompt_of(3_500, seed=13)
+    local = pair.stock.complete(prompt, cache_salt="local")
+    counted = Offloads(pair.decode)
+    with ThreadPoolExecutor(1) as pool:
+        with stopped_models(pair.prefill):
+            future = pool.submit(pair.decode.complete, prompt, cache_salt="leaves")
+            pair.prefill.when(lambda v: any(ticket["started_s"] for ticket in v["prefill"]["open"]))
+            os.kill(pair.prefill.pid, signal.SIGTERM)
+            pair.decode.when(lambda v: "draining" in worker_states(v))
+        got = future.result(timeout=120)
+    assert same_tokens(got, local)
+    totals = counted.totals()
+    assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)
+    pair.decode.when(lambda _: not is_alive(pair.prefill), within_s=120)
 
 
 def test_a_worker_with_other_weights_is_refused_once_and_never_used(pair: Fleet) -> None:

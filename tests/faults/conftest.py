@@ -1,7 +1,7 @@
 """One zygote for all; fleets live until one of their tests fails."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,20 +35,21 @@ class Fleets:
 
     @contextmanager
     def lent(self, kind: str) -> Iterator[Fleet]:
-        if kind not in self._running:
-            fleet = self._running[kind] = Fleet(
-                self._zygote,
-                prefills=1 if kind == "one" else 2,
-                keys=dict.fromkeys(("p1", "p2", "d"), str(self._keys / "fleet")),
-                transfer={"ring_max_bytes": 4 * 4096} if kind == "tight" else None,
-                connect=False,
-            )
+        fleet = self._running.pop(kind, None)
+        with ExitStack() as unless_all_was_well:
+            if fleet is None:
+                fleet = Fleet(
+                    self._zygote,
+                    prefills=1 if kind == "one" else 2,
+                    keys=dict.fromkeys(("p1", "p2", "d"), str(self._keys / "fleet")),
+                    transfer={"ring_max_bytes": 4 * 4096} if kind == "tight" else None,
+                    connect=False,
+                )
+            unless_all_was_well.callback(fleet.close)
             fleet.wait_until_connected("p1", *(["p2"] if kind == "two" else []))
-        try:
-            yield self._running[kind]
-        except BaseException:
-            self._running.pop(kind).close()
-            raise
+            yield fleet
+            unless_all_was_well.pop_all()
+            self._running[kind] = fleet
 
     def close(self) -> None:
         for fleet in self._running.values():

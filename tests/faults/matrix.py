@@ -104,6 +104,25 @@ FAULTS: tuple[Fault, ...] = (
         f"{E2E}::test_a_restarted_prefill_worker_is_used_again",
     ),
     Fault(
+        "P is told to leave (drain, SIGTERM)",
+        "p_drains",
+        (
+            Cell("local", ("draining",), {"p.drop_draining": 1, "d.decision_draining": 1}, note="P hands it back"),
+            Cell("offloaded", counts={"d.decision_draining": 1}, note="P ends what it has begun"),
+            Cell("offloaded", counts={"d.decision_draining": 1}, note="nothing of P is needed any more"),
+        ),
+        f"{E2E}::test_a_prefill_worker_that_is_told_to_leave_ends_what_it_has_begun",
+    ),
+    Fault(
+        "P is told to leave, another P is there",
+        "p_drains_of_two",
+        (
+            Cell("elsewhere", counts={"p.drop_draining": 1, "d.repairs": 1}),
+            Cell("offloaded", note="P ends what it has begun"),
+            LANDED_FINE,
+        ),
+    ),
+    Fault(
         "P is full: refuses the offer",
         "p_refuses",
         (

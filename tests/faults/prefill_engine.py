@@ -94,7 +94,7 @@ class PrefillEngine(SyntheticEngine):
         self.held: dict[str, Prompt] = {}
         self.not_ours = 0
         self.http = HttpApi(self)
-        self.answers["preempt"] = self.preempt_all
+        self.answers |= {"preempt": self.preempt_all, "leave": self._service.leave, "stay": self._service.stay}
 
     def ports(self) -> dict[str, int]:
         return super().ports() | {"http": self.http.port}

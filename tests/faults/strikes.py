@@ -103,6 +103,16 @@ def _preempt_p(scene: Scene) -> None:
     scene.open_gates()
 
 
+def _drain_p(scene: Scene) -> None:
+    scene.p.ask("leave")
+    eventually(lambda: scene.fleet.worker(scene.victim)["state"] == "draining", "D knows that P is to leave")
+    if len(scene.fleet.names) == 1:
+        before = scene.fleet.figures()["d.offered"]
+        scene.fleet.wait_until(scene.fleet.send(TOKENS), "finished", "running")
+        assert scene.fleet.figures()["d.offered"] == before, "a worker that is to leave was offered a prompt"
+    scene.open_gates()
+
+
 def _no_room_on_d(scene: Scene) -> None:
     scene.d.gates(no_room=True)
 
@@ -333,6 +343,8 @@ STRIKES: dict[str, Strike] = {
     ),
     "p_slow": Strike(_slow_p),
     "p_preempts": Strike(_preempt_p),
+    "p_drains": Strike(_drain_p, mend=lambda s: s.p.ask("stay")),
+    "p_drains_of_two": Strike(_drain_p, mend=lambda s: s.p.ask("stay"), fleet="two"),
     "p_holds": Strike(_p_holds, arm=_no_room_on_d),
     "d_aborts": Strike(_abort),
     "d_aborts_at_allocation": Strike(_abort_at_allocation, mend=lambda s: s.d.gates(abort_at_allocation="")),

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 
 
 def main() -> None:
@@ -37,6 +38,9 @@ def main() -> None:
             try:
                 forked(spec, control)
             finally:
+                if (error := sys.exc_info()[1]) is not None:
+                    traceback.print_exception(error)  # the end of its log is what the test gets to see
+                sys.stderr.flush()
                 os._exit(0)
         control.close()
 

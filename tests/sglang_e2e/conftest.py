@@ -119,7 +119,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     split = {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": PREFILL_QUEUE}
     lmcache = LMCacheServer("prefill", folder)
     cache = {"reuse_prefix": True, "lmcache": {"url": lmcache.url, "on_unreachable": "warn"}}
-    p_settings = settings(p_side, split_policy=split, cache=cache)
+    p_settings = settings(p_side, split_policy=split, cache=cache, observability={"admin_route": True})
     p_plan = Plan("prefill", p_port, "prefill", p_settings, p_bootstrap, ("--enable-metrics",))
     worker = {"url": f"http://127.0.0.1:{p_port}", "side_channel": f"127.0.0.1:{p_side}"}
     d_plan = Plan("decode", d_port, "decode", settings(d_side, prefill_workers=[worker]))

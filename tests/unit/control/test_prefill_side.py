@@ -1,6 +1,7 @@
 """The prefill role: it exports only what was offered, holds blocks only as long as needed, and forgets everything."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from disagg_plugin.config import DisaggSettings
 from disagg_plugin.control.events import (
     Held,
+    Leaving,
     PeerLeft,
     PrefillEvent,
     TicketCancelled,
@@ -133,6 +135,28 @@ def test_an_ended_request_keeps_its_blocks_until_the_ranks_release_them() -> Non
     assert bench.side.needs_steps
     bench.side.released("r1")
     assert bench.nothing_left()
+
+
+def test_who_is_to_leave_hands_back_what_it_has_not_begun_and_ends_the_rest() -> None:
+    bench = Bench()
+    bench.side.hold("routed", Held((1, 2, 3)))
+    bench.arrive()
+    bench.side.scheduled("r1", 512, [1])
+    waiting, coming, ready = (bytes([number]) * 16 for number in range(3))
+    bench.port.events += [replace(OFFER, transfer_id=one) for one in (waiting, coming, ready)]
+    assert bench.side.new_request("r2", waiting, 1_000)
+    bench.port.events += [TicketReady(ready, 0, 999), Leaving()]  # D may say so before P begins
+    bench.side.step()
+    assert bench.side.drops == {"draining": 3}
+    assert bench.port.sent.count(("cancel", "draining")) == 3
+    assert not bench.side.new_request("r3", coming, 1_000), "it comes too late and is an ordinary request"
+    bench.ready()
+    assert [type(command) for command in bench.side.step()] == [OpenSend]
+    bench.side.scheduled("r1", 1_000, [1])
+    assert bench.side.finished("r1", completed=True), "what has begun is sent to its end"
+    bench.side.scheduled("routed", 3, [2])
+    assert bench.side.finished("routed", completed=True)
+    assert bench.side.held_as("routed") is not None
 
 
 def test_a_request_staged_before_its_end_holds_nothing() -> None:

@@ -33,7 +33,7 @@ from disagg_plugin.control.prefill_workers import LEAVE_AFTER_S, PrefillWorkers
 from disagg_plugin.kv.commands import RankEndpoint
 from disagg_plugin.kv.geometry import KVGeometry
 from disagg_policies.codec import by_link
-from disagg_policies.placement import eligible
+from disagg_policies.placement import eligible, why_nobody
 from disagg_policies.snapshots import PrefillModel, WorkerState
 
 GEOMETRY = KVGeometry(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -306,6 +306,46 @@ def test_decisions_of_one_step_know_of_each_other() -> None:
         assert [row.in_flight_tokens for row in bench.side.workers()] == [1_000, 500], "counted once"
 
     run(story, Bench(["http://10.0.0.1:8000", "http://10.0.0.2:8000"]))
+
+
+def test_a_worker_that_drains_is_not_asked_until_it_says_otherwise() -> None:
+    async def story(bench: Bench) -> None:
+        client = bench.meet()
+        assert (bench.asked(), bench.state()) == ([A], "healthy")
+        client.deliver(msgspec.structs.replace(REPORT, draining=True))
+        assert (bench.asked(), bench.state(), bench.row().draining) == ([], "draining", True)
+        assert why_nobody(1_000, bench.side.workers(), now_s=bench.io.now_s) == "draining"
+        client.deliver(REPORT)
+        assert (bench.asked(), bench.state(), bench.row().draining) == ([A], "healthy", False)
+
+    run(story)
+
+
+def test_a_refusal_says_it_as_well_and_is_no_failure() -> None:
+    async def story(bench: Bench) -> None:
+        client = bench.meet()
+        transfer_id = bench.offer()
+        await bench.settle()
+        client.deliver(Refused(transfer_id, "draining"))
+        await bench.settle()
+        assert bench.failures() == ["refused_draining"]
+        assert (bench.asked(), bench.state()) == ([], "draining")
+        client.deliver(REPORT)
+        assert bench.asked() == [A], "it was not left alone for a while, as one that fails is"
+
+    run(story)
+
+
+def test_a_worker_that_has_drained_and_ended_comes_back_as_any_other() -> None:
+    async def story(bench: Bench) -> None:
+        client = bench.meet()
+        client.deliver(msgspec.structs.replace(REPORT, draining=True))
+        client.enter(ChannelState.DOWN, "gone")
+        assert bench.state() == "connecting"
+        bench.meet(epoch=2)
+        assert (bench.asked(), bench.state()) == ([A], "healthy")
+
+    run(story)
 
 
 def test_a_worker_whose_report_is_old_is_suspect_and_not_asked() -> None:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from disagg_plugin.config import DisaggSettings, load_settings
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
+from disagg_plugin.control.leaving import LeavingWord
 from disagg_plugin.control.load import Load
+from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_plugin.control.messages import ModelIdentity
-from disagg_plugin.control.prefill_service import HeldPrompt
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts, fetch_snapshot
 from disagg_plugin.kv.commands import AddPeer, OpenReceive, OpenSend, RankEndpoint
@@ -93,7 +95,13 @@ def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
 class Pair:
     """A prefill and a decode control plane, and both roles on top of them."""
 
-    def __init__(self, http: HttpPrefill, prefill_facts: EngineFacts = FACTS, queue_max: int = 8) -> None:
+    def __init__(
+        self,
+        http: HttpPrefill,
+        prefill_facts: EngineFacts = FACTS,
+        queue_max: int = 8,
+        word: LeavingWord | None = None,
+    ) -> None:
         self.http = http
         self.port = free_port()
         common = {"policy": {"offload": "threshold"}, "transfer": {"offer_timeout_s": 0.5}}
@@ -111,7 +119,7 @@ class Pair:
                 **common,
             }
         )
-        self.p_service = self.service(p_settings, prefill_facts)
+        self.p_service = self.service(p_settings, prefill_facts, word)
         self.d_service = self.service(d_settings, FACTS)
         assert self.p_service.prefill is not None
         assert self.d_service.decode is not None
@@ -119,8 +127,8 @@ class Pair:
         self.decode = DecodeSide(d_settings, self.d_service.decode, engine="d", kv_capacity_tokens=10_000)
 
     @staticmethod
-    def service(settings: DisaggSettings, facts: EngineFacts) -> ControlService:
-        service = ControlService(settings, facts, snapshot=dict)
+    def service(settings: DisaggSettings, facts: EngineFacts, word: LeavingWord | None = None) -> ControlService:
+        service = ControlService(settings, facts, snapshot=dict, word=word)
         service.start()
         return service
 
@@ -194,6 +202,36 @@ def test_a_prompt_is_posted_to_the_data_parallel_rank_that_accepted_it(
     with running(Pair(http, replace(FACTS, http_dp_rank=rank))) as pair:
         pair.offloading()
         assert http.headers[-1].get("x-data-parallel-rank") == header
+
+
+def test_an_engine_that_is_to_leave_hands_back_what_waits_and_is_not_asked_until_it_stays(
+    http: HttpPrefill, tmp_path: Path
+) -> None:
+    word = LeavingWord(tmp_path)
+    with running(Pair(http, word=word)) as pair:
+        transfer_id = pair.offloading()
+        assert pair.prefill.new_request("p-1", transfer_id, 1_000)
+        word.say()
+        eventually(lambda: not pair.met())
+        assert pair.match(PromptView("r2", tuple(range(2_000, 3_000)))) == PrefillLocally("draining")
+        eventually(lambda: pair.prefill.step() is not None and pair.prefill.drops["draining"] == 1)
+        eventually(lambda: pair.match() == PrefillLocally("draining"))
+        assert pair.decode.fallbacks == {"draining": 1}
+        assert pair.p_service.figures()["draining"] is True
+        word.take_back()
+        eventually(pair.met)
+        assert pair.match(PromptView("r3", tuple(range(3_000, 4_000)))) == NotYet()
+
+
+def test_what_a_signal_has_said_no_absent_word_takes_back(http: HttpPrefill, tmp_path: Path) -> None:
+    with running(Pair(http, word=LeavingWord(tmp_path))) as pair:
+        eventually(pair.met)
+        service = pair.p_service.prefill
+        assert service is not None
+        service.leave()
+        eventually(lambda: not pair.met())
+        threading.Event().wait(0.3)  # several heartbeats
+        assert service.leaving
 
 
 def test_a_full_queue_refuses_without_any_http(http: HttpPrefill) -> None:

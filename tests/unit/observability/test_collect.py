@@ -124,6 +124,14 @@ def test_why_the_plugin_is_inactive_is_a_label():
     assert gauges[KEY("disagg_inactive", "attention is limited to a window of 512 tokens")] == 0
 
 
+def test_whether_an_engine_drains_is_said_by_those_that_can():
+    scheduler = Scheduler(draining=True)
+    assert scheduler.later().gauges[KEY("disagg_draining")] == 1
+    scheduler.view["draining"] = False
+    assert scheduler.later().gauges[KEY("disagg_draining")] == 0
+    assert KEY("disagg_draining") not in Scheduler().later().gauges
+
+
 def test_peers_by_health_and_the_failures_of_their_links():
     workers = {
         "a": {"healthy": True, "state": "healthy", "queued_requests": 3},

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from disagg_plugin.meeting_folder import VARIABLE, make_meeting_folder, meeting_folder
 from disagg_plugin.observability.deltas import Deltas
-from disagg_plugin.observability.report_channel import UNSENT_MESSAGES, ReportReceiver, ReportSender, make_address
+from disagg_plugin.observability.report_channel import UNSENT_MESSAGES, ReportReceiver, ReportSender, address_in
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    return f"ipc://{tmp_path}/reports"
+    return address_in(tmp_path)
 
 
 @pytest.fixture
@@ -82,6 +83,8 @@ def test_a_report_that_cannot_be_used_ends_nothing(
     assert len(caplog.records) == 1
 
 
-def test_the_place_is_only_this_users() -> None:
-    folder = Path(make_address().removeprefix("ipc://")).parent
+def test_the_place_is_only_this_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    folder = make_meeting_folder()
     assert folder.stat().st_mode & 0o077 == 0
+    assert meeting_folder() == make_meeting_folder() == folder

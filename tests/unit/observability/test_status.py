@@ -102,6 +102,15 @@ def test_an_inactive_plugin_says_why_first():
     assert shown(view_of(engine)).startswith("NOT ACTIVE: attention is limited to a window of 512 tokens")
 
 
+def test_an_engine_that_takes_no_more_prompts_for_others_says_so_first():
+    engine = SyntheticEngine()
+    engine.view["draining"] = True
+    engine.requests(1)
+    view = view_of(engine)
+    assert view["draining"] is True
+    assert shown(view).startswith("draining: takes no more prompts for others")
+
+
 def test_before_the_first_step_there_are_no_figures_rather_than_zeros():
     view = view_of(SyntheticEngine())
     assert view["active"] is None

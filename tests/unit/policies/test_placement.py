@@ -23,6 +23,7 @@ def worker(name: str, *, tokens: int = 0, requests: int = 0) -> WorkerState:
 
 
 A, B, C = worker("a"), worker("b"), worker("c")
+LEAVES = replace(A, healthy=False, draining=True)
 
 
 def fleet(*workers: WorkerState, overlap: tuple[int, ...] = (), request_id: str = "r", turn: int = 0) -> Snapshot:
@@ -38,6 +39,10 @@ def fleet(*workers: WorkerState, overlap: tuple[int, ...] = (), request_id: str 
         pytest.param((), "no_workers", id="nobody configured"),
         pytest.param((replace(A, healthy=False),), "no_healthy_worker", id="nobody healthy"),
         pytest.param((replace(A, reported_s=-1.1),), "no_healthy_worker", id="report older than a second"),
+        pytest.param((LEAVES,), "draining", id="the only one is to leave"),
+        pytest.param((LEAVES, replace(B, healthy=False)), "draining", id="one is to leave, the other one is not there"),
+        pytest.param((replace(LEAVES, reported_s=-1.1),), "no_healthy_worker", id="it has left"),
+        pytest.param((LEAVES, worker("b", requests=4)), "queue_full", id="one is to leave, the other one is full"),
         pytest.param((replace(A, max_prompt_tokens=999),), "prompt_too_long", id="longer than anybody takes"),
         pytest.param((worker("a", requests=4),), "queue_full", id="queue at its limit"),
         pytest.param(

@@ -1,17 +1,22 @@
 """SGLang's API process: what is asked about each prompt, and what comes of reports; without SGLang."""
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
+from disagg_plugin import api_process
 from disagg_plugin.admission.body import BodyFacts
 from disagg_plugin.admission.engine_state import EngineState, to_plain
 from disagg_plugin.admission.gate import Ticket
 from disagg_plugin.admission.middleware import current_ticket
 from disagg_plugin.config import load_settings
+from disagg_plugin.control.leaving import LeavingWord
+from disagg_plugin.meeting_folder import VARIABLE
 from disagg_plugin.observability.deltas import Deltas
 from disagg_policies.admission_snapshots import QueuedWork
 from disagg_policies.snapshots import DecodeState, PrefillModel
@@ -116,3 +121,15 @@ def test_a_request_that_was_not_served_is_counted_as_what_it_is(
     server.measured("r", reason, None, 0)
     labels = {"model_name": "m", "slo_class": "normal", "path": "local", "outcome": outcome}
     assert REGISTRY.get_sample_value("disagg_slo_requests_total", labels) == 1
+
+
+def test_a_server_that_ends_takes_no_more_prompts_for_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr(api_process, "LOOK_S", 0.0)
+    before, word, looks = set(REGISTRY._collector_to_names), LeavingWord(tmp_path), iter([False, False, True])
+    server = ApiServer(load_settings({"role": "prefill"}), model_name="m", by_priority=False, caches_prefixes=True)
+    assert not word.stands
+    asyncio.run(server.leave_when(lambda: next(looks)))
+    assert word.stands
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)

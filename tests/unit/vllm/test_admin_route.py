@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.leaving import LeavingWord
+from disagg_plugin.meeting_folder import VARIABLE
 from disagg_vllm import admin_route
 from disagg_vllm.admin_route import MIDDLEWARE, AdminRoute, wanted_middleware
 
@@ -38,6 +41,7 @@ def get(path: str, *, method: str = "GET", keys: list[str] | None = None, token:
 @pytest.fixture(autouse=True)
 def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(admin_route, "_frontend", lambda: SimpleNamespace(status=lambda: {"classes": {}}))
 
 
@@ -87,12 +91,34 @@ def test_without_early_rejection_nothing_can_be_drained(monkeypatch: pytest.Monk
     assert "enable_early_rejection" in body["error"]
 
 
+def test_a_prefill_engine_hears_of_it_also_without_early_rejection(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(admin_route, "_gate", lambda: None)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    word = LeavingWord(tmp_path)
+    assert get("/disagg/drain", method="POST") == (200, {"draining": True})
+    assert word.stands
+    assert get("/disagg/status") == (200, {"classes": {}, "draining": True})
+    assert get("/disagg/drain", method="DELETE") == (200, {"draining": False})
+    assert not word.stands
+
+
+@pytest.mark.parametrize(("role", "meets"), [("prefill", True), ("both", True), ("decode", False)])
+def test_only_who_prefills_for_others_has_a_place_to_be_told(role: str, meets: bool, monkeypatch: pytest.MonkeyPatch):
+    made: list[bool] = []
+    monkeypatch.setattr(admin_route, "make_meeting_folder", lambda: made.append(True))
+    wanted_middleware(DisaggSettings.model_validate({"role": role, "observability": {"admin_route": True}}))
+    assert bool(made) is meets
+
+
 def test_before_the_engine_there_are_no_figures(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(admin_route, "_frontend", lambda: None)
     assert get("/disagg/status")[0] == 503
 
 
-def test_it_is_off_unless_the_user_turns_it_on():
+def test_it_is_off_unless_the_user_turns_it_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(admin_route, "make_meeting_folder", lambda: None)
     assert wanted_middleware(DisaggSettings()) == ()
     on = DisaggSettings.model_validate({"observability": {"admin_route": True}})
     assert wanted_middleware(on) == (MIDDLEWARE,)
