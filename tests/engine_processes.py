@@ -12,6 +12,7 @@ import psutil
 
 RUNS_S = 0.005
 STANDS_TIMES = 24  # as long as it ran
+SGLANG_STANDS_TIMES = 8  # its servers take a while longer in any case
 
 
 class Started(Protocol):
@@ -55,8 +56,9 @@ def stopped_models(engine: Started) -> Iterator[None]:
 class Slices:
     """Turns in which an engine's processes run, and stand still for much longer; a thread's work, until ``end``."""
 
-    def __init__(self, engine: Started) -> None:
+    def __init__(self, engine: Started, stands_times: int) -> None:
         self._pids = processes_of(engine)
+        self._stands_times = stands_times
         self._over = Event()
         self._thread = Thread(target=self._take_turns, name="slowed-engine")
         self._thread.start()
@@ -81,7 +83,7 @@ class Slices:
             started_s = time.monotonic()
             self._over.wait(RUNS_S)
             self._signal_all(signal.SIGSTOP)
-            self._over.wait(STANDS_TIMES * (time.monotonic() - started_s))
+            self._over.wait(self._stands_times * (time.monotonic() - started_s))
 
     def _signal_all(self, how: signal.Signals) -> None:
         for pid in self._pids:
@@ -90,13 +92,13 @@ class Slices:
 
 
 @contextmanager
-def slowed(engine: Started) -> Iterator[Slices]:
-    """The engine gets a twenty-fifth of its time, in slices short enough that nobody takes it for dead.
+def slowed(engine: Started, stands_times: int = STANDS_TIMES) -> Iterator[Slices]:
+    """The engine gets a small part of its time, in slices short enough that nobody takes it for dead.
 
     What passes in 0.2 s on a fast machine lasts for seconds, so that a test can act in the middle of it. The engine may
     be stopped (``stand``, until the end of the block) or ended inside.
     """
-    slices = Slices(engine)
+    slices = Slices(engine, stands_times)
     try:
         yield slices
     finally:

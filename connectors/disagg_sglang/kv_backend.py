@@ -108,7 +108,7 @@ class DisaggKVSender(BaseKVSender):  # type: ignore[misc]  # SGLang is untyped t
                 self._offered = True
                 return None
             case False:
-                return self._fail("the prompt is not the offered one")
+                return self._fail("the prompt is not the offered one, or its offer was withdrawn")
         if time.monotonic() > self._since_s + self._export.offer_timeout_s:
             return self._fail(f"no decode engine offered it within {self._export.offer_timeout_s:g} s")
         return int(KVPoll.Bootstrapping)

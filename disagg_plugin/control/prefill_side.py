@@ -47,6 +47,7 @@ from disagg_plugin.kv.lifecycle import LOADING, OVER, Event, State, advance
 from disagg_plugin.observability.journal import Journal
 
 RECENT_TRANSFERS = 256
+REMEMBERED_ROOMS = 1024
 
 
 class PrefillPort(Protocol):
@@ -128,6 +129,7 @@ class PrefillSide:
         self.drops: Counter[str] = Counter()
         self.recent: deque[dict[str, object]] = deque(maxlen=RECENT_TRANSFERS)
         self.rank_counters: dict[int, dict[str, float]] = {}
+        self._withdrawn: dict[int, None] = {}  # rooms, in order
 
     # -- the engine's scheduler tells ------------------------------------------------------------------------------
 
@@ -136,6 +138,10 @@ class PrefillSide:
         self._drain()
         waiting = (t for t in self._tickets.values() if not t.request_id and t.state not in OVER)
         return next((t.offer.transfer_id for t in waiting if room_of(t.offer.transfer_id) == room), None)
+
+    def withdrawn_in_room(self, room: int) -> bool:
+        """Whether the offer under this number ended before its prompt came: it will not come again."""
+        return room in self._withdrawn
 
     def new_request(
         self,
@@ -342,6 +348,10 @@ class PrefillSide:
         if self._tickets.pop(ticket.offer.transfer_id, None) is None:
             return
         self._by_request.pop(ticket.request_id, None)
+        if not ticket.request_id:
+            self._withdrawn[room_of(ticket.offer.transfer_id)] = None
+            if len(self._withdrawn) > REMEMBERED_ROOMS:
+                del self._withdrawn[next(iter(self._withdrawn))]
         row = self._describe(ticket)
         self.recent.append(row)
         self._journal.transfer_over("prefill", row)
@@ -369,6 +379,7 @@ class PrefillSide:
                 case Leaving():
                     self._hand_back()
                 case TicketOffered():
+                    self._withdrawn.pop(room_of(event.transfer_id), None)
                     self._tickets[event.transfer_id] = _Ticket(event, self._clock())
                     self.totals["offered"] += 1
                 case TicketReady():

@@ -97,10 +97,10 @@ class PromptExport:
 
     @boundary
     def ticket_of(self, request: ExportedPrompt) -> bool | None:
-        """True: offered; False: another prompt was; None: nothing yet."""
+        """True: offered; False: another prompt was, or this one was withdrawn; None: nothing yet."""
         transfer_id = self._prefill.offered_in_room(request.bootstrap_room)
         if transfer_id is None:
-            return None
+            return False if self._prefill.withdrawn_in_room(request.bootstrap_room) else None
         return self._prefill.new_request(request.rid, transfer_id, len(request.prompt), prompt=request.prompt)
 
     def loading(self, request: ExportedPrompt) -> bool:

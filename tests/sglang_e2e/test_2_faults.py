@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from engine_processes import end_tree, slowed
+from engine_processes import SGLANG_STANDS_TIMES, end_tree, slowed
 from sglang_e2e.client import Engine, Offloads, at_once, prompt_of, same_tokens
 from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet
 
@@ -69,7 +69,7 @@ def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(pair: Fleet) ->
 
 def test_a_request_that_is_aborted_while_its_pages_are_filled_leaves_nothing(pair: Fleet) -> None:
     counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
-    with slowed(pair.prefill):
+    with slowed(pair.prefill, SGLANG_STANDS_TIMES):
         abort_while(pair, "receiving", prompt_of(3_800, seed=29))
     pair.prefill.when(is_quiet)
     assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
@@ -142,7 +142,7 @@ def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
     before = chunks_received(pair.decode.snapshot())
-    with slowed(pair.prefill), ThreadPoolExecutor(1) as pool:
+    with slowed(pair.prefill, SGLANG_STANDS_TIMES), ThreadPoolExecutor(1) as pool:
         future = pool.submit(pair.decode.generate, prompt)
         pair.decode.when(lambda v: chunks_received(v) > before)
         end_tree(pair.prefill, signal.SIGKILL)

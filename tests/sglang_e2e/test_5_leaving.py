@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from engine_processes import is_alive, slowed
+from engine_processes import SGLANG_STANDS_TIMES, is_alive, slowed
 from sglang_e2e.client import Offloads, prompt_of, same_tokens
 from sglang_e2e.conftest import Fleet, connected
 
@@ -41,7 +41,7 @@ def test_a_prefill_server_that_is_told_to_leave_ends_what_it_has_begun(pair: Fle
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
     with ThreadPoolExecutor(1) as pool:
-        with slowed(pair.prefill):
+        with slowed(pair.prefill, SGLANG_STANDS_TIMES):
             future = pool.submit(pair.decode.generate, prompt)
             pair.decode.when(lambda v: v["waiting"]["receiving"] > 0)
             os.kill(pair.prefill.pid, signal.SIGTERM)

@@ -17,6 +17,7 @@ from disagg_plugin.control.events import (
     TicketOffered,
     TicketReady,
 )
+from disagg_plugin.control.offload_call import room_of
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.kv.commands import Computed, DropSend, OpenSend, RankReport, ReleaseWhenStaged, SendTiming
 
@@ -307,3 +308,15 @@ def test_in_any_order_of_events_blocks_are_released_once_and_nothing_leaks(actio
     bench.side.step()
     assert released == held <= 1
     assert bench.nothing_left()
+
+
+def test_a_prompt_whose_offer_was_withdrawn_before_it_came_is_not_waited_for() -> None:
+    bench = Bench()
+    room = room_of(TID)
+    bench.port.events += [OFFER, TicketCancelled(TID, "aborted")]
+    assert bench.side.offered_in_room(room) is None
+    bench.side.step()
+    assert bench.side.withdrawn_in_room(room)
+    bench.port.events.append(OFFER)  # the same number again
+    assert bench.side.offered_in_room(room) == TID
+    assert not bench.side.withdrawn_in_room(room)
