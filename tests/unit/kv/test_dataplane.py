@@ -44,9 +44,10 @@ LEAKS = ("open_sends", "open_receives", "slots_in_use", "slots_quarantined", "pr
 class Rig:
     """P and D, which know each other, and the time."""
 
+    tick_s = 0.0  # passes whenever somebody looks at the clock
+
     def __init__(self, *, manual: bool = False, settings: TransferSettings = SETTINGS) -> None:
         self.now = 100.0
-        self.tick_s = 0.0  # passes whenever somebody looks at the clock
         self.settings = settings
         self.network = MemoryNetwork(manual=manual)
         self.views = {
