@@ -25,6 +25,8 @@ THE_PROMPTS_FAULT = frozenset({"http_400", "http_413", "http_422"})  # says noth
 
 logger = logging.getLogger(__name__)
 
+INSIST_S = 0.1
+
 
 class Offloads:
     """The calls of one decode engine."""
@@ -58,9 +60,10 @@ class Offloads:
 
     async def close(self) -> None:
         """Cancel every call."""
-        for task in list(self._calls.values()):
-            task.cancel()
-        await asyncio.gather(*self._calls.values(), return_exceptions=True)
+        calls = list(self._calls.values())
+        for task in calls:
+            _cancel(task)
+        await asyncio.gather(*calls, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
@@ -91,7 +94,7 @@ class Offloads:
         """The scheduler gives an offload up, in whatever state."""
         self._held.pop(transfer_id, None)
         if (task := self._calls.get(transfer_id)) is not None:
-            task.cancel(reason)  # closes the HTTP connection, which aborts the request there
+            _cancel(task, reason)  # closes the HTTP connection, which aborts the request there
         elif (link := self._links.get(peer)) is not None:
             link.send(Cancel(transfer_id, reason))
             link.undecided(transfer_id)
@@ -229,6 +232,13 @@ class Offloads:
             link.not_offered(call.transfer_id)
             link.failed(reason)
         return reason
+
+
+def _cancel(task: asyncio.Task[None], reason: str | None = None) -> None:
+    """Until it has ended: what aiohttp awaits while it connects may swallow a cancellation."""
+    if not task.done():
+        task.cancel(reason)
+        asyncio.get_running_loop().call_later(INSIST_S, _cancel, task, reason)
 
 
 def _with_priority(call: OfferCall, welcome: Welcome) -> tuple[tuple[str, object], ...]:
