@@ -22,7 +22,7 @@ from typing import Generic, Protocol, TypeVar
 from disagg_lmcache.kv_chunks import PagedKV, gather_steps, namespace_of, new_chunk, scatter_steps
 from disagg_lmcache.prefix_store import Found, PrefixStore
 from disagg_lmcache.server_client import ServerClient
-from disagg_plugin.boundary import boundary
+from disagg_plugin.boundary import boundary, guarded
 from disagg_plugin.cache_settings import LMCacheSettings
 from disagg_plugin.control.messages import ModelIdentity
 from disagg_plugin.control.prompt_export import ExportedPrompt
@@ -182,10 +182,7 @@ class PrefixTier(Generic[_Room]):
     def give_up(self) -> None:
         """After an error of ours."""
         self.broken = True
-        try:
-            self.stop("internal_error")
-        except Exception:  # whatever went wrong may have left it in disorder; the requests come first
-            logger.exception("disagg: LMCache could not be left in order")
+        guarded(self.stop)("internal_error")  # what went wrong may have left it in disorder; the requests come first
         self._prompts.clear()
 
     def close(self) -> None:

@@ -22,10 +22,9 @@ from disagg_plugin.errors import ConfigError, PeerLost, PeerRefused
 
 DP_RANK_HEADER = "X-data-parallel-rank"  # vLLM's: which of its ranks serves a request
 THE_PROMPTS_FAULT = frozenset({"http_400", "http_413", "http_422"})  # says nothing about the worker
+INSIST_S = 0.1
 
 logger = logging.getLogger(__name__)
-
-INSIST_S = 0.1
 
 
 class Offloads:
@@ -235,7 +234,7 @@ class Offloads:
 
 
 def _cancel(task: asyncio.Task[None], reason: str | None = None) -> None:
-    """Until it has ended: what aiohttp awaits while it connects may swallow a cancellation."""
+    """Until it has ended: one cancellation was seen to get lost below ``post_prompt``, while it was connecting."""
     if not task.done():
         task.cancel(reason)
         asyncio.get_running_loop().call_later(INSIST_S, _cancel, task, reason)

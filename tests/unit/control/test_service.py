@@ -1,5 +1,6 @@
 """Two scheduler processes' control planes over real loopback sockets: handshake, offer, HTTP prompt, ready, cancel."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from disagg_plugin.config import DisaggSettings, load_settings
+from disagg_plugin.control import offloads
 from disagg_plugin.control.decode_port import Claim, NotYet, PrefillLocally, PromptView
 from disagg_plugin.control.decode_side import DecodeSide
 from disagg_plugin.control.leaving import LeavingWord
@@ -223,15 +225,52 @@ def test_an_engine_that_is_to_leave_hands_back_what_waits_and_is_not_asked_until
         assert pair.match(PromptView("r3", tuple(range(3_000, 4_000)))) == NotYet()
 
 
+class LookedAt(LeavingWord):
+    """Counts how often somebody looks."""
+
+    looks = 0
+
+    @property
+    def stands(self) -> bool:
+        self.looks += 1
+        return super().stands
+
+
 def test_what_a_signal_has_said_no_absent_word_takes_back(http: HttpPrefill, tmp_path: Path) -> None:
-    with running(Pair(http, word=LeavingWord(tmp_path))) as pair:
+    word = LookedAt(tmp_path)
+    with running(Pair(http, word=word)) as pair:
         eventually(pair.met)
         service = pair.p_service.prefill
         assert service is not None
         service.leave()
         eventually(lambda: not pair.met())
-        threading.Event().wait(0.3)  # several heartbeats
+        seen = word.looks
+        eventually(lambda: word.looks > seen + 2)
         assert service.leaving
+
+
+def test_an_abort_that_is_swallowed_once_ends_the_call_all_the_same(
+    http: HttpPrefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posting, swallowed = threading.Event(), threading.Event()
+
+    async def post(*_: object) -> None:
+        posting.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(offloads, "post_prompt", post)
+    with running(Pair(http)) as pair:
+        eventually(pair.met)
+        assert pair.match() == NotYet()
+        assert posting.wait(10)
+        pair.decode.finished("r1")
+        eventually(lambda: pair.d_service.decode is not None and pair.d_service.decode.snapshot()["calls"] == 0)
+        eventually(lambda: pair.prefill.step() is not None and pair.prefill.drops["aborted"] == 1)
+    assert swallowed.is_set()
 
 
 def test_a_full_queue_refuses_without_any_http(http: HttpPrefill) -> None:
