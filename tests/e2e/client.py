@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -90,13 +91,16 @@ class Engine:
         self, condition: Callable[[dict[str, Any]], bool], *, within_s: float = 30.0, every_s: float = 0.1
     ) -> dict[str, Any]:
         """The first snapshot that fulfils ``condition``; fails with the last one if none does in time."""
-        view: dict[str, Any] = {}
-        for _ in range(int(within_s / every_s)):
+        started_s, looks = time.monotonic(), 0
+        while True:
             view = self.snapshot()
+            looks += 1
             if condition(view):
                 return view
+            waited_s = time.monotonic() - started_s
+            if waited_s > within_s:
+                raise AssertionError(f"not in {looks} looks and {waited_s:.1f} s: {json.dumps(view, indent=1)[:6000]}")
             Event().wait(every_s)
-        raise AssertionError(f"not within {within_s} s: {json.dumps(view, indent=1)[:6000]}")
 
 
 def _answer(choice: Mapping[str, Any], prompt_tokens: int) -> Answer:
