@@ -26,7 +26,6 @@ class EdgeCase:
 
     Attributes:
         fields: Of a completion request with a long prompt.
-        tests: What shows it; none where it is built so, and was not shown on a real engine yet.
         reason: Word in ``disagg_decisions_total``, for requests that stay.
     """
 
@@ -41,6 +40,7 @@ class EdgeCase:
 _STAYS = "tests/e2e/test_1_edge_cases.py::test_a_request_that_cannot_be_offloaded_is_served_where_it_is"
 _TRAVELS = "tests/e2e/test_1_edge_cases.py::test_what_shapes_only_the_answer_works_as_without_us"
 _SUPPORT = "tests/unit/vllm/test_support.py"
+_ENGINES = "tests/e2e/test_7_edge_engines.py"
 _HELD = "tests/unit/control/test_router_flow.py"
 _SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
@@ -128,19 +128,25 @@ ENGINES: tuple[EdgeCase, ...] = (
         Outcome.WORKS,
         "By name, and only if the adapter's weights and shape have one digest on both engines; a prefill worker says "
         "nothing and sends nothing before it has compared them.",
-        ("tests/unit/control/test_adapters.py::test_nothing_is_said_or_sent_before_the_adapter_was_compared",),
+        (
+            f"{_ENGINES}::test_an_adapter_of_one_name_and_one_digest_is_used",
+            "tests/unit/control/test_adapters.py::test_nothing_is_said_or_sent_before_the_adapter_was_compared",
+        ),
     ),
     EdgeCase(
         "LoRA with other weights under the same name",
         Outcome.REPAIRED,
         "`adapter_differs`; the decode engine prefills with its own.",
-        (),
+        (f"{_ENGINES}::test_another_adapter_under_the_same_name_is_not_used",),
     ),
     EdgeCase(
         "different block sizes on P and D",
         Outcome.WORKS,
         "What travels depends on no block size.",
-        ("tests/unit/kv/test_edge_caches.py::test_block_size_and_float_dtype_may_differ",),
+        (
+            f"{_ENGINES}::test_block_sizes_may_differ",
+            "tests/unit/kv/test_edge_caches.py::test_block_size_and_float_dtype_may_differ",
+        ),
     ),
     EdgeCase(
         "different float dtypes of the KV cache",
@@ -177,19 +183,23 @@ ENGINES: tuple[EdgeCase, ...] = (
         "--api-server-count 2 on D",
         Outcome.WORKS,
         "API servers have no part in transfers.",
-        (),
+        (f"{_ENGINES}::test_every_data_parallel_rank_offloads_over_a_side_channel_and_regions_of_its_own",),
     ),
     EdgeCase(
         "--data-parallel-size 2 on D",
         Outcome.WORKS,
         "Each rank has its own side channel (port + rank) and its own region at every worker.",
-        (),
+        (f"{_ENGINES}::test_every_data_parallel_rank_offloads_over_a_side_channel_and_regions_of_its_own",),
     ),
     EdgeCase(
         "different tensor parallelism on P and D",
         Outcome.WORKS,
         "Each pair of ranks exchanges the heads that both hold; a token has landed when all heads have.",
-        ("tests/unit/kv/test_lanes.py::test_kv_arrives_whatever_the_tensor_parallelism",),
+        (
+            "tests/unit/kv/test_lanes.py::test_kv_arrives_whatever_the_tensor_parallelism",
+            "tests/e2e/test_8_tensor_parallel.py::test_two_ranks_send_to_one",
+            "tests/e2e/test_8_tensor_parallel.py::test_one_rank_sends_to_two",
+        ),
     ),
     EdgeCase(
         "sleep mode",
@@ -226,6 +236,7 @@ MOMENTS: tuple[EdgeCase, ...] = (
         (
             "tests/unit/kv/test_dataplane.py::test_a_preempted_prompt_continues_from_what_was_staged",
             "tests/unit/control/test_prefill_side.py::test_a_preemption_starts_the_export_over",
+            f"{_ENGINES}::test_a_prompt_whose_prefill_is_preempted_arrives_all_the_same",
         ),
     ),
     EdgeCase(
@@ -239,19 +250,27 @@ MOMENTS: tuple[EdgeCase, ...] = (
         Outcome.WORKS,
         'vLLM answers `"success": false` as long as blocks are in use; the transfer goes on. P\'s digest of prefixes '
         "is emptied with its cache.",
-        ("tests/unit/control/test_service.py::test_prefixes_that_prefill_holds_are_known_to_decode",),
+        (
+            f"{_ENGINES}::test_a_prefix_cache_reset_beside_a_transfer_harms_neither",
+            "tests/unit/control/test_service.py::test_prefixes_that_prefill_holds_are_known_to_decode",
+        ),
     ),
     EdgeCase(
         "/pause and /resume of D",
         Outcome.WORKS,
-        "Requests that were kept go on where they were, or locally if a deadline passed meanwhile.",
-        (),
+        "Requests that were kept go on where they were, or locally if a deadline passed meanwhile. mode=keep needs "
+        "clear_cache=false: vLLM clears no cache into which KV is being loaded, and says so with an error.",
+        (f"{_ENGINES}::test_a_paused_decode_engine_goes_on_when_resumed",),
     ),
     EdgeCase(
         "/pause of P",
         Outcome.REPAIRED,
-        "mode=abort ends its requests, which the decode engine hears at once (`prefill_aborted`).",
-        (),
+        "mode=abort ends its requests, which the decode engine hears at once (`prefill_aborted`). mode=keep sends what "
+        "is computed and comes to rest; what is begun goes on after /resume, or is repaired after `stall_timeout_s`.",
+        (
+            f"{_ENGINES}::test_a_paused_prefill_engine_hands_its_prompts_back",
+            "tests/unit/control/test_prefill_side.py::test_a_prompt_that_the_engine_is_to_compute_asks_for_no_steps",
+        ),
     ),
     EdgeCase(
         "SIGTERM to P, with vLLM's --shutdown-timeout or on SGLang",
@@ -263,7 +282,10 @@ MOMENTS: tuple[EdgeCase, ...] = (
         "SIGTERM to P, vLLM's default",
         Outcome.REPAIRED,
         "vLLM kills its engine process at once: as if P were killed.",
-        ("tests/e2e/test_3_faults.py::test_a_prefill_worker_that_dies_while_streaming_costs_only_time",),
+        (
+            f"{_ENGINES}::test_a_prefill_engine_that_is_told_to_leave_hands_back_and_leaves",
+            "tests/e2e/test_3_faults.py::test_a_prefill_worker_that_dies_while_streaming_costs_only_time",
+        ),
     ),
     EdgeCase(
         "POST /disagg/drain at P, then DELETE",
@@ -276,13 +298,16 @@ MOMENTS: tuple[EdgeCase, ...] = (
         "SIGTERM to D",
         Outcome.WORKS,
         "Its requests end as vLLM ends them; P gives up what was for it and holds nothing.",
-        (),
+        ("tests/e2e/test_8_tensor_parallel.py::test_a_decode_engine_that_leaves_costs_prefill_nothing",),
     ),
     EdgeCase(
         "a router's lease ends before D asks",
         Outcome.REPAIRED,
         "P's blocks are free and nothing is sent from them; D computes (`refused_hold_expired`).",
-        (f"{_HELD}::test_who_comes_after_the_lease_is_told_so_and_gets_nothing",),
+        (
+            f"{_ENGINES}::test_a_lease_that_ended_costs_a_local_prefill",
+            f"{_HELD}::test_who_comes_after_the_lease_is_told_so_and_gets_nothing",
+        ),
     ),
     EdgeCase(
         "a router's request that names a host which nobody allowed",

@@ -69,7 +69,9 @@ def serving(
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
-            start_new_session=True,  # a process group of its own, which can be ended without ending us
+            # a group that can be ended without ending us; not a session: each would be scheduled as one (autogroup),
+            # and processes that spin with sched_yield in two sessions starve each other for seconds
+            process_group=0,
         )
     try:
         with timed(f"start {log_path.stem}"):

@@ -114,6 +114,7 @@ class WorkerSide:
     def begin_step(self, commands: StepCommands, forward_context: "ForwardContext | None" = None) -> None:
         if self._plane is not None:
             self._plane.apply(commands.commands)
+            self._said_all = self._said_all and not commands.commands  # what they change is not in the last report
         if self.tier is not None:
             self.tier.start_loads(forward_context)
 

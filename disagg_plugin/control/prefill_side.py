@@ -100,6 +100,12 @@ class _Ticket:
     wire_bytes: int = 0
     wire_s: float = 0.0  # of the slowest rank
 
+    @property
+    def needs_steps(self) -> bool:
+        """The engine does not compute its request, not yet or not any more, and what becomes of it comes with steps."""
+        computing = self.request_id and not self.request_ended_s
+        return self.holding or (self.state in LOADING and not computing)
+
 
 class PrefillSide:
     """Tickets and exports of one prefill engine's scheduler process."""
@@ -295,12 +301,12 @@ class PrefillSide:
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the engine must go on stepping although it has no request to compute."""
-        return (
-            bool(self._commands)
-            or self._ranks_busy
-            or any(ticket.holding or ticket.state in LOADING for ticket in self._tickets.values())
-        )
+        """Whether the engine must go on stepping although it has no request to compute.
+
+        A prompt that is still to be computed asks for none: the engine steps for it anyway, unless it was paused, and
+        what was paused is to come to rest.
+        """
+        return bool(self._commands) or self._ranks_busy or any(t.needs_steps for t in self._tickets.values())
 
     @property
     def holds_blocks(self) -> bool:

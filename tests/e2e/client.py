@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from threading import Event
 from typing import Any
 
@@ -101,6 +102,20 @@ class Engine:
             if waited_s > within_s:
                 raise AssertionError(f"not in {looks} looks and {waited_s:.1f} s: {json.dumps(view, indent=1)[:6000]}")
             Event().wait(every_s)
+
+
+class Going:
+    """A request whose client goes away."""
+
+    def __init__(self, engine: Engine, prompt: list[int], salt: str) -> None:
+        url = httpx.URL(engine.url)
+        self._connection = HTTPConnection(url.host, url.port, timeout=120)
+        body = {"model": engine.model, "prompt": prompt, "max_tokens": 4, "cache_salt": salt}
+        self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+
+    def goes_away(self) -> None:
+        """Nobody has read the answer; the server sees the connection end."""
+        self._connection.close()
 
 
 def _answer(choice: Mapping[str, Any], prompt_tokens: int) -> Answer:

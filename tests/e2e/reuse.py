@@ -3,14 +3,12 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import httpx
 import psutil
 from e2e.client import Answer, Engine
 from engine_processes import RUNS_S, end_tree
@@ -95,22 +93,3 @@ def _stop(engine: Engine) -> None:
     root = psutil.Process(engine.pid)
     for process in [*root.children(recursive=True), root]:
         stands_still(process.pid)
-
-
-class Going:
-    """A request whose client goes away."""
-
-    def __init__(self, engine: Engine, prompt: list[int], salt: str) -> None:
-        self._client = httpx.Client(timeout=120)
-        self._pool = ThreadPoolExecutor(1)
-        body = {"model": engine.model, "prompt": prompt, "max_tokens": 4, "cache_salt": salt}
-        self._future = self._pool.submit(self._send, f"{engine.url}/v1/completions", body)
-
-    def _send(self, url: str, body: dict[str, Any]) -> None:
-        with suppress(httpx.HTTPError, RuntimeError, OSError):
-            self._client.post(url, json=body)
-
-    def goes_away(self) -> None:
-        self._client.close()
-        self._future.result(timeout=60)
-        self._pool.shutdown()

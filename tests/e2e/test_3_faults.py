@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from e2e.client import Engine, at_once, same_tokens
+from e2e.client import Engine, Going, at_once, same_tokens
 from e2e.conftest import Fleet, settings, settle
 from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
 from engine_processes import end_tree, is_alive, slowed, stopped_models
@@ -35,27 +35,23 @@ def preemptions(engine: Engine) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_preemptions_total"))
 
 
+def _ended_as(view: dict[str, Any], prompt_tokens: int) -> str | None:
+    """Why the decode engine's last transfer of such a prompt failed, once it has ended."""
+    ended = [transfer["failure"] for transfer in view["decode"]["recent"] if transfer["prompt_tokens"] == prompt_tokens]
+    return ended[-1] if ended and not view["decode"]["open"] else None
+
+
 @pytest.mark.parametrize("state", ["accepted", "streaming"])
 def test_a_client_that_goes_away_frees_everything_on_both_sides(pair: Fleet, state: str) -> None:
-    prompt = prompt_of(3_500, seed=len(state))
-    with slowed(pair.prefill), ThreadPoolExecutor(1) as pool:
-        with httpx.Client(timeout=60) as client:
-            body = {"model": pair.decode.model, "prompt": prompt, "max_tokens": 4, "cache_salt": f"abort-{state}"}
-
-            def send() -> str:
-                try:
-                    client.post(f"{pair.decode.url}/v1/completions", json=body)
-                except (httpx.HTTPError, RuntimeError, OSError):
-                    return "gone"
-                return "answered"
-
-            future = pool.submit(send)
-            if state == "streaming":
-                pair.decode.when(lambda v: any(t["state"] == "ready" for t in v["decode"]["open"]))
-            else:
-                pair.decode.when(lambda v: bool(v["decode"]["open"]))
-            client.close()
-        future.result(timeout=60)
+    prompt = prompt_of({"accepted": 3_500, "streaming": 3_501}[state])
+    with slowed(pair.prefill):
+        going = Going(pair.decode, prompt, f"abort-{state}")
+        if state == "streaming":
+            pair.decode.when(lambda v: any(t["state"] == "ready" for t in v["decode"]["open"]))
+        else:
+            pair.decode.when(lambda v: bool(v["decode"]["open"]))
+        going.goes_away()
+        pair.decode.when(lambda v: _ended_as(v, len(prompt)) == "aborted")
     settle(pair.decode)
     settle(pair.prefill)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.client import Engine, at_once, same_tokens
+from e2e.client import Engine, Going, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_quiet, settings
 from e2e.offloads import prompt_of
 from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
-from e2e.reuse import Counted, Going, Reuse, cache, held_still, held_still_at
+from e2e.reuse import Counted, Reuse, cache, held_still, held_still_at
 from e2e.running import end_running_fleet
 from engine_processes import slowed
 from engines import EngineFailed, free_port

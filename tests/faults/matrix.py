@@ -166,6 +166,7 @@ FAULTS: tuple[Fault, ...] = (
             Cell("offloaded", counts={"p.preempted": 1}, note="P computes it again and goes on where D stands"),
             LANDED_FINE,
         ),
+        "tests/e2e/test_7_edge_engines.py::test_a_prompt_whose_prefill_is_preempted_arrives_all_the_same",
     ),
     Fault(
         "P's cache is full of finished prompts",
@@ -255,6 +256,7 @@ FAULTS: tuple[Fault, ...] = (
             Cell("offloaded", counts={"d.nacks": 1, "d.checksum_failures": 1, "p.chunks_resent": 1}),
             OVER,
         ),
+        "tests/e2e/test_8_tensor_parallel.py::test_a_chunk_of_one_rank_that_is_damaged_is_asked_for_again",
     ),
     Fault(
         "A chunk is corrupt, and again when it is repeated",

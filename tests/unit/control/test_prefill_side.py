@@ -138,6 +138,36 @@ def test_an_ended_request_keeps_its_blocks_until_the_ranks_release_them() -> Non
     assert bench.nothing_left()
 
 
+def test_a_prompt_that_the_engine_is_to_compute_asks_for_no_steps() -> None:
+    """It steps for it anyway; and an engine that was paused in the middle of it must come to rest."""
+    bench = Bench()
+    bench.arrive()
+    bench.ready()
+    bench.side.scheduled("r1", 512, [1, 2])
+    bench.side.step()
+    bench.side.reports([RankReport(0, busy=True)])
+    assert bench.side.needs_steps, "what is computed is still to be sent"
+    bench.side.reports([RankReport(0)])
+    assert not bench.side.needs_steps
+    bench.side.scheduled("r1", 1_000, [1, 2])
+    bench.side.step()
+    assert bench.side.finished("r1", completed=True)
+    assert bench.side.needs_steps
+
+
+def test_what_was_announced_and_has_not_come_is_heard_of_by_an_idle_engine() -> None:
+    bench = Bench()
+    bench.port.events.append(OFFER)
+    bench.ready()
+    bench.side.step()
+    bench.side.step()
+    assert bench.side.needs_steps
+    bench.port.events.append(TicketCancelled(TID, "http_unreachable"))
+    bench.side.step()
+    bench.side.step()
+    assert bench.nothing_left()
+
+
 def test_who_is_to_leave_hands_back_what_it_has_not_begun_and_ends_the_rest() -> None:
     bench = Bench()
     bench.side.hold("routed", Held((1, 2, 3)))
