@@ -29,7 +29,7 @@ import httpx
 from e2e.client import Answer, Engine, same_tokens
 from e2e.conftest import Plan, is_quiet, settings
 from e2e.offloads import prompt_of
-from e2e.processes import end_tree
+from engine_processes import end_tree
 from engines import free_port
 from faults.harness import Fleet, Zygote
 from faults.soak import Soak

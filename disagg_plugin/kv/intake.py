@@ -100,6 +100,7 @@ class Intake:
         self._clock = clock
         self._counters = counters
         self._links: dict[str, ReceiveLink] = {}  # by agent name
+        self._given_up: set[str] = set()  # agents without a link that can still be answered
         self._tickets: dict[int, Ticket] = {}  # by nonce
         self._closed: dict[int, None] = {}  # nonces, in order of their end
         self._parked: list[Parked] = []
@@ -120,13 +121,19 @@ class Intake:
 
     def connect(self, link: ReceiveLink) -> None:
         self._links[link.agent] = link
+        self._given_up.discard(link.agent)
         self._unpark()
 
     def disconnect(self, link: ReceiveLink, reason: str) -> None:
         """Nothing more is taken from this agent; what it still owes us is lost."""
-        self._links.pop(link.agent, None)
+        if self._links.pop(link.agent, None) is not None:
+            self._given_up.add(link.agent)
         self._unsaid.pop(link.agent, None)
         self.break_tickets(link.agent, reason)
+
+    def unloaded(self, agent: str) -> None:
+        """The transport does not know this agent any more."""
+        self._given_up.discard(agent)
 
     def reintroduced(self, agent: str) -> None:
         """The connection to this agent is new: say what could not be said.
@@ -335,5 +342,5 @@ class Intake:
 
     def _refuse(self, parked: Parked) -> None:
         self._counters["foreign"] += 1
-        if parked.agent in self._links:
+        if parked.agent in self._links or parked.agent in self._given_up:  # or its slots would stay taken
             self._answer(parked.agent, parked.notification, Kind.DISCARD)

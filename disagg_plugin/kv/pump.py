@@ -127,7 +127,8 @@ class Pump:
 
     @property
     def connected(self) -> bool:
-        return any(agent.links > 0 for agent in list(self._agents.values()))
+        """Somebody may write to us: also one that was given up and does not know it yet, or waits for answers."""
+        return bool(self._agents)
 
     @property
     def quarantined(self) -> int:
@@ -228,6 +229,7 @@ class Pump:
             if agent.peer == link.peer or at < len(unused) - _UNUSED_AGENTS_MAX:
                 del self._agents[name]
                 self._transport.remove_peer(name)
+                self._intake.unloaded(name)
 
     def _introduce_again(self, agent: str) -> None:
         known = self._agents.get(agent)

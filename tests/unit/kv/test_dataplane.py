@@ -273,6 +273,24 @@ def test_a_slot_that_nobody_answers_for_keeps_no_engine_stepping(manual):
     assert not manual.reports["p"][-1].busy
 
 
+def test_who_was_given_up_and_does_not_know_it_is_answered_and_has_its_slots_again(manual):
+    """As a peer that was stopped for a while, and writes on: nobody may introduce it again before the next prompt."""
+    manual.begin()
+    manual.step("p")
+    manual.pump()
+    manual.d.apply([AbandonReceive("r", "peer_silent"), RemovePeer("p")])
+    manual.d.pump_once()
+    assert manual.d._pump.connected, "the thread goes on listening"
+    for write in list(manual.network.pending):
+        manual.network.deliver(write)
+    manual.d.pump_once()
+    manual.now += SETTINGS.stall_timeout_s / 2 + 1
+    manual.run(3)
+    assert manual.said("p", "send_failed") == [(ID, "discarded")]
+    assert manual.d.counters()["discards"] == 4
+    manual.assert_idle()
+
+
 @pytest.mark.parametrize("at", range(0, 4000, 333))
 def test_a_damaged_chunk_is_sent_once_more(manual, at):
     manual.begin()
