@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLOT_BYTES = 4 << 20
 SLOTS = 8
 RATES = {"200mbit": "200mbit", "1gbit": "1gbit"}
-BLOCK = 16
+BLOCK = 32
 SHAPE = {"layers": 8, "kv_heads": 8, "head_dim": 128}
 GAP_S = 0.0002
 
@@ -42,13 +42,17 @@ class Worker:
         from disagg_plugin.config import TransferSettings
         from disagg_plugin.kv.codec import KVCodec
         from disagg_plugin.kv.dataplane import DataPlane, agent_name
-        from disagg_plugin.kv.geometry import KVGeometry
+        from disagg_plugin.kv.geometry import HeadRange, KVGeometry
         from disagg_plugin.kv.transport import NixlTransport
-        from disagg_plugin.testing import DenseView
+        from disagg_vllm.kv_views import PagedView
 
         torch.set_num_threads(1)
         geometry = KVGeometry(**SHAPE, dtype=spec["dtype"])
-        self.view = DenseView(geometry, blocks=spec["blocks"] + 1, block_size=BLOCK)
+        shape = (spec["blocks"] + 1, geometry.kv_heads, BLOCK, 2, geometry.head_dim)  # as vLLM lays it out on a CPU
+        self.caches = [torch.zeros(shape, dtype=getattr(torch, geometry.dtype)) for _ in range(geometry.layers)]
+        sides = [(cache[..., 0, :], cache[..., 1, :]) for cache in self.caches]
+        heads = HeadRange(0, geometry.kv_heads)
+        self.view = PagedView(sides, geometry=geometry, heads=heads, block_size=BLOCK)
         codec = KVCodec(head_dim=geometry.head_dim, dtype=getattr(torch, geometry.dtype), compile=True)
         codec.warm_up(encode=spec["engine"] == "p", decode=spec["engine"] == "d")
         transfer = TransferSettings(
@@ -87,7 +91,8 @@ class Worker:
         import torch
 
         noise = torch.Generator().manual_seed(1)
-        self.view.cache.copy_(torch.randn(self.view.cache.shape, generator=noise).to(self.view.cache.dtype))
+        for cache in self.caches:
+            cache.copy_(torch.randn(cache.shape, generator=noise).to(cache.dtype))
 
     def begin(self, number: int, tokens: int, codec: str, sends: bool) -> None:
         """Tell the rank of a transfer; ``finish`` runs it."""
@@ -166,7 +171,9 @@ class Process:
             ["bash", "-c", script, "worker", *argv],
             stdin=subprocess.PIPE,
             pass_fds=(writing,),
-            env=os.environ | env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'policies'}", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | env
+            | {"PYTHONPATH": f"{ROOT}:{ROOT / 'connectors'}:{ROOT / 'policies'}", "OMP_NUM_THREADS": "1"},
         )
         os.close(writing)
         self._replies = os.fdopen(reading)
