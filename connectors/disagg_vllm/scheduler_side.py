@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -152,7 +153,7 @@ class SchedulerSide:
                 kv_capacity_tokens=capacity,
                 journal=self._journal,
             )
-            self._undo = before_handler(signal.SIGTERM, service.prefill.leave)
+            self._undo = before_handler(signal.SIGTERM, partial(service.prefill.leave, for_good=True))
         self.inactive_reason = ""
         for line in [*self._other_model(), *not_active_yet(self._settings)]:
             logger.warning("disagg: %s", line)

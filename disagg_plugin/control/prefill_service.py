@@ -107,6 +107,7 @@ class PrefillService:
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._refuse_all = ""
+        self._leaves_for_good = False
         self.counters: Counter[str] = Counter()
         self._reports = LoadReports(
             welcome,
@@ -172,12 +173,16 @@ class PrefillService:
 
     # -- any thread --------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Take no more prompts: offers are refused, decode engines are told, and what was not begun is handed back."""
-        self._post(self._set_leaving, True)
+    def leave(self, *, for_good: bool = False) -> None:
+        """Take no more prompts: offers are refused, decode engines are told, and what was not begun is handed back.
+
+        Args:
+            for_good: The process is about to end: ``stay`` changes nothing any more.
+        """
+        self._post(self._set_leaving, True, for_good)
 
     def stay(self) -> None:
-        """Take prompts again."""
+        """Take prompts again; too late once it leaves for good."""
         self._post(self._set_leaving, False)
 
     @property
@@ -215,8 +220,9 @@ class PrefillService:
             case _:
                 self.counters["unexpected_messages"] += 1
 
-    def _set_leaving(self, leaving: bool) -> None:
-        if leaving is self.leaving:
+    def _set_leaving(self, leaving: bool, for_good: bool = False) -> None:
+        self._leaves_for_good = self._leaves_for_good or for_good
+        if leaving is self.leaving or (self._leaves_for_good and not leaving):
             return
         self._reports.draining = leaving
         if leaving:

@@ -162,7 +162,7 @@ class ControlService:
 
     def _look_at_word(self, prefill: PrefillService) -> None:
         stands = self._word is not None and self._word.stands
-        if stands is not self._word_stood:  # a change only: SIGTERM says the same, and nobody takes that back
+        if stands is not self._word_stood:  # a change only: SIGTERM says the same
             self._word_stood = stands
             (prefill.leave if stands else prefill.stay)()
 

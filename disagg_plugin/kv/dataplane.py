@@ -50,6 +50,7 @@ from disagg_plugin.kv.commands import (
     RemovePeer,
     SuspendReceive,
 )
+from disagg_plugin.kv.encoder import Encoders
 from disagg_plugin.kv.geometry import HeadRange, KVGeometry
 from disagg_plugin.kv.guard import QuantizationGuard
 from disagg_plugin.kv.intake import Intake
@@ -68,7 +69,7 @@ from disagg_plugin.kv.pump import (
 )
 from disagg_plugin.kv.receiver import Landed, ReceiveBroken, ReceiveLink, Scatter
 from disagg_plugin.kv.ring import Region, RegionTable, SlotMemory, SlotPool
-from disagg_plugin.kv.sender import ChunkDone, Encoders, SendBroken, SendLink, Stager
+from disagg_plugin.kv.sender import ChunkDone, SendBroken, SendLink, Stager
 from disagg_plugin.kv.transport import Transport
 from disagg_plugin.kv.wire import require_one_token
 

@@ -17,7 +17,7 @@ WINDOW_S = 5.0
 def test_a_queue_at_the_prefill_worker_does_not_hold_up_short_prompts(pair: Fleet) -> None:
     """20 prompts of 2,900 tokens; the decode engine's cache holds five of them.
 
-    Nothing here depends on seconds: ``benchmarks/short_behind_long.py`` measures what a short prompt waits.
+    Nothing here depends on seconds: ``benchmarks/short_behind_long.py`` takes the time.
     """
     shorts = [prompt_of(20, seed=100 + i) for i in range(30)]
     longs = [prompt_of(2_900, seed=200 + i) for i in range(20)]

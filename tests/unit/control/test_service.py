@@ -236,17 +236,31 @@ class LookedAt(LeavingWord):
         return super().stands
 
 
-def test_what_a_signal_has_said_no_absent_word_takes_back(http: HttpPrefill, tmp_path: Path) -> None:
+def test_what_a_signal_has_said_no_word_takes_back(http: HttpPrefill, tmp_path: Path) -> None:
     word = LookedAt(tmp_path)
     with running(Pair(http, word=word)) as pair:
         eventually(pair.met)
         service = pair.p_service.prefill
         assert service is not None
-        service.leave()
+        service.leave(for_good=True)
         eventually(lambda: not pair.met())
+        word.say()
+        seen = word.looks
+        eventually(lambda: word.looks > seen + 2)
+        word.take_back()
         seen = word.looks
         eventually(lambda: word.looks > seen + 2)
         assert service.leaving
+
+
+def test_who_drains_by_word_only_takes_prompts_again_when_it_is_taken_back(http: HttpPrefill, tmp_path: Path) -> None:
+    word = LeavingWord(tmp_path)
+    with running(Pair(http, word=word)) as pair:
+        eventually(pair.met)
+        word.say()
+        eventually(lambda: not pair.met())
+        word.take_back()
+        eventually(pair.met)
 
 
 def test_an_abort_that_is_swallowed_once_ends_the_call_all_the_same(
