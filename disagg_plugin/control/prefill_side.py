@@ -16,7 +16,6 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from disagg_plugin.config import DisaggSettings
@@ -33,6 +32,7 @@ from disagg_plugin.control.events import (
     TicketRenewed,
 )
 from disagg_plugin.control.offload_call import prompt_digest, room_of
+from disagg_plugin.control.prefill_ticket import PrefillTicket
 from disagg_plugin.kv.commands import (
     AddPeer,
     Command,
@@ -74,39 +74,6 @@ class PrefillPort(Protocol):
     def drain(self) -> Iterable[PrefillEvent]: ...
 
 
-@dataclass(slots=True)
-class _Ticket:
-    """One offered prompt."""
-
-    offer: TicketOffered
-    offered_s: float
-    state: State = State.ACCEPTED
-    request_id: str = ""
-    ready: TicketReady | None = None
-    opened: bool = False  # the ranks know about it
-    request_ended_s: float = 0.0
-    hold_until_s: float = 0.0
-    routed: Held | None = None  # where a router sent it
-    verified: bool = True  # False while its adapter is compared: nothing is said or sent before
-    holding: bool = False  # the engine keeps the blocks until the ranks release them
-    computed_tokens: int = 0
-    failure: str = ""
-    staged_ranks: set[int] = field(default_factory=set)
-    sent_ranks: set[int] = field(default_factory=set)
-    started_s: float = 0.0
-    last_computed_s: float = 0.0
-    acknowledged_s: float = 0.0
-    chunks: int = 0
-    wire_bytes: int = 0
-    wire_s: float = 0.0  # of the slowest rank
-
-    @property
-    def needs_steps(self) -> bool:
-        """The engine does not compute its request, not yet or not any more, and what becomes of it comes with steps."""
-        computing = self.request_id and not self.request_ended_s
-        return self.holding or (self.state in LOADING and not computing)
-
-
 class PrefillSide:
     """Tickets and exports of one prefill engine's scheduler process."""
 
@@ -126,8 +93,8 @@ class PrefillSide:
         self._ranks = ranks
         self._capacity_tokens = kv_capacity_tokens
         self._clock = clock
-        self._tickets: dict[bytes, _Ticket] = {}
-        self._by_request: dict[str, _Ticket] = {}
+        self._tickets: dict[bytes, PrefillTicket] = {}
+        self._by_request: dict[str, PrefillTicket] = {}
         self._commands: list[Command] = []
         self._peers: dict[str, AddPeer] = {}
         self._ranks_busy = False
@@ -189,7 +156,7 @@ class PrefillSide:
         """Prefill a prompt for a router: nobody has offered it, a decode engine will ask for its KV later."""
         transfer_id = secrets.token_bytes(16)
         offer = TicketOffered(transfer_id, 0, "", len(held.prompt), "raw", math.inf, held=True)
-        ticket = _Ticket(offer, self._clock(), request_id=request_id, routed=held)
+        ticket = PrefillTicket(offer, self._clock(), request_id=request_id, routed=held)
         self._tickets[transfer_id] = self._by_request[request_id] = ticket
         self._journal.prefills_for_another(request_id)
         self.totals["held"] += 1
@@ -319,7 +286,7 @@ class PrefillSide:
     def _holds_any(self) -> bool:
         return any(ticket.holding for ticket in self._tickets.values())
 
-    def _sent(self, ticket: _Ticket, rank: int) -> None:
+    def _sent(self, ticket: PrefillTicket, rank: int) -> None:
         ticket.sent_ranks.add(rank)
         if len(ticket.sent_ranks) == self._ranks and ticket.state in LOADING:
             ticket.state = advance(ticket.state, Event.COMPLETE)
@@ -328,13 +295,13 @@ class PrefillSide:
             self._port.all_sent(offer.transfer_id, offer.peer, wire_bytes=ticket.wire_bytes, wire_s=ticket.wire_s)
             self._forget_if_over(ticket)
 
-    def _is_staged(self, ticket: _Ticket) -> bool:
+    def _is_staged(self, ticket: PrefillTicket) -> bool:
         return len(ticket.staged_ranks) == self._ranks
 
     def _held_tokens(self) -> int:
         return sum(t.computed_tokens for t in self._tickets.values() if t.holding)
 
-    def _drop(self, ticket: _Ticket, event: Event, reason: str, *, tell: bool) -> None:
+    def _drop(self, ticket: PrefillTicket, event: Event, reason: str, *, tell: bool) -> None:
         if ticket.state in OVER:
             return
         ticket.state = advance(ticket.state, event)
@@ -347,7 +314,7 @@ class PrefillSide:
             self._port.cancel(ticket.offer.transfer_id, ticket.offer.peer, reason)
         self._forget_if_over(ticket)
 
-    def _forget_if_over(self, ticket: _Ticket) -> None:
+    def _forget_if_over(self, ticket: PrefillTicket) -> None:
         """A ticket stays as long as the engine may still ask about its request."""
         if ticket.state not in OVER or ticket.holding or (ticket.request_id and not ticket.request_ended_s):
             return
@@ -358,7 +325,7 @@ class PrefillSide:
             self._withdrawn[room_of(ticket.offer.transfer_id)] = None
             if len(self._withdrawn) > REMEMBERED_ROOMS:
                 del self._withdrawn[next(iter(self._withdrawn))]
-        row = self._describe(ticket)
+        row = ticket.row()
         self.recent.append(row)
         self._journal.transfer_over("prefill", row)
 
@@ -386,7 +353,7 @@ class PrefillSide:
                     self._hand_back()
                 case TicketOffered():
                     self._withdrawn.pop(room_of(event.transfer_id), None)
-                    self._tickets[event.transfer_id] = _Ticket(event, self._clock())
+                    self._tickets[event.transfer_id] = PrefillTicket(event, self._clock())
                     self.totals["offered"] += 1
                 case TicketReady():
                     self._ready(event)
@@ -424,7 +391,7 @@ class PrefillSide:
         ticket.ready = event
         self._open(ticket, event)
 
-    def _adapter_checked(self, ticket: _Ticket, same: bool) -> None:
+    def _adapter_checked(self, ticket: PrefillTicket, same: bool) -> None:
         if not same:
             self._drop(ticket, Event.FAIL, "adapter_differs", tell=True)
             return
@@ -434,7 +401,7 @@ class PrefillSide:
         if ticket.ready is not None and ticket.state in LOADING:
             self._open(ticket, ticket.ready)
 
-    def _open(self, ticket: _Ticket, event: TicketReady) -> None:
+    def _open(self, ticket: PrefillTicket, event: TicketReady) -> None:
         if not ticket.verified:
             return
         self._commands.append(
@@ -448,27 +415,11 @@ class PrefillSide:
             )
         )
 
-    def _describe(self, ticket: _Ticket) -> dict[str, object]:
-        return {
-            "request_id": ticket.request_id,
-            "transfer_id": ticket.offer.transfer_id.hex(),
-            "state": ticket.state.value,
-            "peer": ticket.offer.peer,
-            "failure": ticket.failure,
-            "prompt_tokens": ticket.offer.prompt_tokens,
-            "offered_s": ticket.offered_s,
-            "started_s": ticket.started_s,
-            "last_computed_s": ticket.last_computed_s,
-            "acknowledged_s": ticket.acknowledged_s,
-            "chunks": ticket.chunks,
-            "wire_bytes": ticket.wire_bytes,
-        }
-
     def snapshot(self) -> dict[str, object]:
         """The debug view; may be called from another thread (reads only, copies first)."""
         return {
             **self.figures(),
-            "open": [self._describe(t) for t in list(self._tickets.values())],
+            "open": [t.row() for t in list(self._tickets.values())],
             "recent": list(self.recent),
         }
 
