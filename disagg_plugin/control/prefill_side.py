@@ -353,7 +353,7 @@ class PrefillSide:
                     self._hand_back()
                 case TicketOffered():
                     self._withdrawn.pop(room_of(event.transfer_id), None)
-                    self._tickets[event.transfer_id] = PrefillTicket(event, self._clock())
+                    self._tickets[event.transfer_id] = PrefillTicket(event, self._clock(), verified=not event.adapter)
                     self.totals["offered"] += 1
                 case TicketReady():
                     self._ready(event)

@@ -19,7 +19,7 @@ class PrefillTicket:
     request_ended_s: float = 0.0
     hold_until_s: float = 0.0
     routed: Held | None = None  # where a router sent it
-    verified: bool = True  # False while its adapter is compared: nothing is said or sent before
+    verified: bool = True  # False until its adapter was compared: nothing is said or sent before
     holding: bool = False  # the engine keeps the blocks until the ranks release them
     computed_tokens: int = 0
     failure: str = ""

@@ -309,12 +309,13 @@ def test_int8_in_the_second_tier_takes_a_quarter_and_predicts_the_same(shared: R
 
 
 def test_while_chunks_are_evicted_texts_stay_right(shared: Reuse) -> None:
+    """What was evicted may come back from the second tier, as INT8: 0.05 nats are what the test before this allows."""
     prompts = [prompt_of(1_500, seed=30 + number) for number in range(6)]  # 138 chunks, where 80 fit
     local = [shared.local(prompt, max_tokens=4) for prompt in prompts]
     for _ in range(2):
         for number, prompt in enumerate(prompts):
             got = shared.decode.complete(prompt, cache_salt=f"evict-{number}", max_tokens=4)
-            assert same_tokens(got, local[number])
+            assert same_tokens(got, local[number], undecided_below=0.05)
         shared.forget()
 
 

@@ -1,5 +1,6 @@
 """A LoRA adapter is the same adapter on two engines if its weights and shape are, whatever it is called."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from unit.control.test_prefill_side import TID, Bench
 
 from disagg_plugin.control.adapters import AdapterDigests, adapter_digest
-from disagg_plugin.control.events import AdapterChecked, TicketOffered, TicketReady
+from disagg_plugin.control.events import AdapterChecked, TicketOffered
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import Computed, DropSend, OpenSend
 
@@ -96,10 +97,32 @@ def test_an_adapter_on_one_side_only_is_given_back_at_once(offered: str, compute
     assert bench.port.sent[-1] == ("cancel", "adapter_differs")
 
 
-def test_an_early_ready_waits_for_the_comparison() -> None:
+_ORDERS = [
+    order
+    for order in itertools.permutations(("arrives", "computed", "checked", "ready"))
+    if order.index("arrives") < min(order.index("computed"), order.index("checked"))
+]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same", "another"])
+@pytest.mark.parametrize("order", _ORDERS, ids="-".join)
+def test_in_whatever_order_things_happen_nothing_is_sent_before_the_comparison(
+    order: tuple[str, ...], same: bool
+) -> None:
+    """The decode engine may say that it is ready before the prompt arrives."""
     bench = Bench()
-    arrive(bench)
-    bench.port.events.append(TicketReady(TID, 0, 999))
-    assert bench.side.step() == []
-    bench.port.events.append(AdapterChecked(TID, same=True))
-    assert bench.side.step() == [OpenSend(TID, 7, "d:1", 0, 999, "raw")]
+    bench.port.events.append(OFFER)
+    happened, sent = set(), False
+    for what in order:
+        match what:
+            case "arrives":
+                assert bench.side.new_request("r1", TID, 1_000, adapter="folder")
+            case "computed":
+                bench.side.scheduled("r1", 512, [1])
+            case "checked":
+                bench.port.events.append(AdapterChecked(TID, same=same))
+            case "ready":
+                bench.ready()
+        happened.add(what)
+        sent = sent or any(isinstance(command, OpenSend) for command in bench.side.step())
+        assert sent == (same and {"checked", "ready"} <= happened)
