@@ -291,7 +291,7 @@ def tokens_per_slot(slot_bytes: int, codecs: tuple[SectionCodec, ...], *, heads:
     """Largest number of tokens whose chunk fits ``slot_bytes`` if every section uses its codec of ``codecs``; 0: none.
 
     A section may turn out larger than planned (non-finite values, or the guard, step to RAW): the sender then
-    stages the chunk again with the number for all RAW, which cannot overflow (see ``kv/sender.py``).
+    stages the chunk again with the number for all RAW, which cannot overflow (see ``kv/encoder.py``).
     """
     counts = Counter(codecs)
     room = slot_bytes - payload_offset(len(codecs))

@@ -31,6 +31,6 @@ def test_every_phase_of_a_transfer_is_measured_between_fields_that_exist():
     fields = {field for phases in collect.PHASES.values() for _, *ends in phases for field in ends}
     fields |= {field for children in spans._CHILDREN.values() for _, *ends in children for field in ends}
     rows = "".join(
-        (ROOT / f"disagg_plugin/control/{name}.py").read_text() for name in ("decode_transfer", "prefill_side")
+        (ROOT / f"disagg_plugin/control/{name}.py").read_text() for name in ("decode_transfer", "prefill_ticket")
     )
     assert all(f'"{field}"' in rows or f"{field}: float" in rows for field in fields)
