@@ -127,15 +127,11 @@ def _answer(choice: Mapping[str, Any], prompt_tokens: int) -> Answer:
     return Answer(choice["text"], tuple(logprobs["tokens"]), tuple(gaps), prompt_tokens, choice["finish_reason"])
 
 
-def same_tokens(got: Answer, local: Answer, *, undecided_below: float = 1e-3) -> bool:
-    """Rule 1 of the design: equal, or a first difference only where the local run was undecided itself.
-
-    Args:
-        undecided_below: By how much the best token's log probability led, in nats: quantized KV moves it a little.
-    """
+def same_tokens(got: Answer, local: Answer) -> bool:
+    """Rule 1 of the design: equal, or a first difference only where the local run was undecided itself."""
     for position, (ours, theirs) in enumerate(zip(got.tokens, local.tokens, strict=True)):
         if ours != theirs:
-            return local.top2_gaps[position] < undecided_below
+            return local.top2_gaps[position] < 1e-3
     return True
 
 

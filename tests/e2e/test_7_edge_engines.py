@@ -7,7 +7,7 @@ ranks and two API servers. Ordered: the prefill engine leaves at the end.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class Unusual:
     prefill: Engine
     ranks: tuple[Engine, Engine]
     folder: Path
-    used: list[int] = field(default_factory=list)
 
     @property
     def decode(self) -> Engine:
