@@ -41,16 +41,29 @@ def is_alive(engine: Started) -> bool:
 @contextmanager
 def stopped_models(engine: Started) -> Iterator[None]:
     """A vLLM engine whose worker processes stand still for the body: its scheduler waits in the middle of a step."""
+    with _standing_still(engine, "VLLM::Worker"):
+        yield
+
+
+@contextmanager
+def stopped_schedulers(engine: Started) -> Iterator[None]:
+    """A vLLM engine whose scheduler processes stand still for the body: its API servers go on and do not know."""
+    with _standing_still(engine, "VLLM::EngineCore"):
+        yield
+
+
+@contextmanager
+def _standing_still(engine: Started, title: str) -> Iterator[None]:
     children = psutil.Process(engine.pid).children(recursive=True)
-    workers = [child for child in children if "VLLM::Worker" in " ".join(child.cmdline())]
-    assert workers, [child.cmdline() for child in children]
-    for worker in workers:
-        worker.suspend()
+    held = [child for child in children if title in " ".join(child.cmdline())]
+    assert held, [child.cmdline() for child in children]
+    for process in held:
+        process.suspend()
     try:
         yield
     finally:
-        for worker in workers:
-            worker.resume()
+        for process in held:
+            process.resume()
 
 
 class Slices:

@@ -78,8 +78,11 @@ class EarlyRejection:
 
 
 def gate() -> Gate | None:
-    """This API server's gate, once it had a request; None in other processes."""
-    return _site.gate if _site is not None else None
+    """This API server's gate, with what the other ones just said, once it had a request; None in other processes."""
+    if _site is None:
+        return None
+    _site.sync()
+    return _site.gate
 
 
 _site: Site | None = None
@@ -102,7 +105,11 @@ def _guard(app: App, scope: Scope) -> App:
 
     async def synced(scope: Scope, receive: Receive, send: Send) -> None:
         site.sync()
-        await guarded(scope, receive, send)
+        site.sync_soon()
+        try:
+            await guarded(scope, receive, send)
+        finally:
+            site.sync_soon()
 
     return synced
 

@@ -68,10 +68,10 @@ class Board:
         self._due_s = float("-inf")
         self._now_s = 0.0
 
-    def sync(self, gate: Gate, now_s: float) -> None:
-        """Write what this server knows, and tell ``gate`` what the others do; does nothing if it did just now."""
+    def sync(self, gate: Gate, now_s: float) -> bool:
+        """Write what this server knows, and tell ``gate`` what the others do; false: it did so just now."""
         if now_s < self._due_s:
-            return
+            return False
         self._due_s = now_s + SYNC_S
         self._now_s = now_s
         self._write(
@@ -85,6 +85,7 @@ class Board:
                 gate.drain(page.draining, page.drained_at_s)
             for engine, state in page.engines.items():
                 gate.update(state, engine)
+        return True
 
     def work(self) -> list[QueuedWork]:
         """What the others admitted and no report counts yet; for ``Gate.also_count``."""

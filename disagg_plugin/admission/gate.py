@@ -10,7 +10,7 @@ No I/O, no clock of its own, no engine types; all calls from one thread, the API
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -319,9 +319,8 @@ class Gate:
             "degraded": [
                 {"class": name, "step": step, "count": count} for (name, step), count in sorted(self.degraded.items())
             ],
-            "reserved": [
-                {"priority": w.priority, "requests": w.requests, "tokens": w.tokens} for w in self._ledger.work()
-            ],
+            "reserved": _plain(self._ledger.work()),
+            "reserved_elsewhere": _plain(self._elsewhere()),
             "engines": {
                 name: {
                     "age_s": now_s - engine.received_s,
@@ -417,3 +416,7 @@ class Gate:
         if (tenant := ticket.standing.tenant) is not None and (share := self._share(ticket.standing)) is not None:
             share.charge(tenant, tokens - ticket.charged_tokens)
             ticket.charged_tokens = tokens
+
+
+def _plain(work: Iterable[QueuedWork]) -> list[dict[str, int]]:
+    return [{"priority": one.priority, "requests": one.requests, "tokens": one.tokens} for one in work]

@@ -4,6 +4,7 @@ Engine-neutral: a connector gets the middleware in front of its engine's HTTP se
 prompt, with its token ids, to ``exact`` before it is queued.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_plugin.admission.admitter import Admitter
-from disagg_plugin.admission.board import Board
+from disagg_plugin.admission.board import SYNC_S, Board
 from disagg_plugin.admission.engine_state import from_plain
 from disagg_plugin.admission.gate import Gate, Refusal, Ticket
 from disagg_plugin.admission.prefix_memory import PrefixMemory
@@ -68,6 +69,7 @@ class Site:
         if self.board is not None:
             self.gate.also_count(self.board.work)
         self.memory = PrefixMemory() if caches_prefixes else None
+        self._will_sync = False
 
     def observe(self, figures: Frontend) -> None:
         """Count outcomes and measure SLOs in ``figures``."""
@@ -94,10 +96,21 @@ class Site:
         self.gate.update(from_plain(state), str(engine))
         self.sync()
 
-    def sync(self) -> None:
-        """Exchange what is known with the other API servers, where there are any."""
-        if self.board is not None:
-            self.board.sync(self.gate, time.monotonic())
+    def sync(self) -> bool:
+        """Exchange what is known with the other API servers, where there are any; false: that was done just now."""
+        return self.board is None or self.board.sync(self.gate, time.monotonic())
+
+    def sync_soon(self) -> None:
+        """Exchange it once what is being admitted now, or has just left, is among it: perhaps nothing else happens."""
+        if self.board is None or self._will_sync:
+            return
+        self._will_sync = True
+        asyncio.get_running_loop().call_later(SYNC_S, self._sync_late)
+
+    def _sync_late(self) -> None:
+        self._will_sync = False
+        if not self.sync():
+            self.sync_soon()
 
     def exact(
         self, ticket: Ticket, request_id: str, token_ids: Sequence[int], *, salt: str = "", lora: str = ""
@@ -110,6 +123,7 @@ class Site:
             cached_tokens = self.memory.cached_tokens(hashes)
             if self.board is not None:  # the rest of the conversation may have gone through another API server
                 cached_tokens = max(cached_tokens, ticket.route.cached_tokens(len(token_ids)))
+        self.sync_soon()
         refusal = self.gate.exact(ticket, request_id, len(token_ids), cached_tokens)
         if refusal is None and self.memory is not None:
             if cached_tokens is not None:

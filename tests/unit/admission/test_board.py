@@ -38,6 +38,7 @@ def test_what_one_admits_the_others_count(path: Path) -> None:
     its.sync(one, 1.0)
     others.sync(two, 1.0)
     assert others.work() == [QueuedWork(1, 1, 1_000)]
+    assert two.status()["reserved_elsewhere"] == [{"priority": 1, "requests": 1, "tokens": 1_000}]
     assert [getattr(admit(two), "reason", "") for _ in range(3)] == ["fits"] * 3  # it has heard the report as well
     refused = two.enter("/v1/completions", {}, BodyFacts(prompt_tokens=1_000, priority=1))
     assert not isinstance(refused, Ticket)
