@@ -225,6 +225,9 @@ class SplitPolicySettings(SettingsSection):
     offload_hysteresis: float = Field(
         default=0.05, ge=0, lt=1, description="Share by which a worker has to win once prompts of that size stayed."
     )
+    suspect_after_s: float = Field(
+        default=1.0, ge=0.5, description="Age from which a worker's report is not believed; one comes every 0.5 s."
+    )
 
 
 class DisaggSettings(SettingsSection):

@@ -113,10 +113,10 @@ def start(
     """Start one server; ``stack`` ends it."""
     port, side_port = free_port(), free_port()
     settings = {
-        "side_channel": {"port": side_port},
-        "transfer": {"codec": "raw", "compile": False, **(transfer or {})},
+        "side_channel": {"port": side_port, "peer_timeout_s": 30.0},  # four engines may share two cores
+        "transfer": {"codec": "raw", "compile": False, "offer_timeout_s": 20.0, **(transfer or {})},
         "policy": {"offload": "threshold"},
-        "split_policy": {"prompt_length_threshold": 24},
+        "split_policy": {"prompt_length_threshold": 24, "suspect_after_s": 30.0},
         "prefill_workers": [{"url": w.url, "side_channel": f"127.0.0.1:{w.side_port}"} for w in workers],
     }
     config = folder / f"{name}.yaml"

@@ -11,8 +11,9 @@ from typing import Protocol
 import psutil
 
 RUNS_S = 0.005
+STANDS_AT_MOST_S = 0.4  # nobody takes it for dead
 STANDS_TIMES = 24  # as long as it ran
-SGLANG_STANDS_TIMES = 8  # its servers take a while longer in any case
+SGLANG_STANDS_TIMES = 4  # its servers take longer for a chunk, and none may take the stall time-out
 
 
 class Started(Protocol):
@@ -96,7 +97,7 @@ class Slices:
             started_s = time.monotonic()
             self._over.wait(RUNS_S)
             self._signal_all(signal.SIGSTOP)
-            self._over.wait(self._stands_times * (time.monotonic() - started_s))
+            self._over.wait(min(STANDS_AT_MOST_S, self._stands_times * (time.monotonic() - started_s)))
 
     def _signal_all(self, how: signal.Signals) -> None:
         for pid in self._pids:

@@ -127,6 +127,7 @@ def sglang_command(
         "--skip-server-warmup --mem-fraction-static 0.1 --max-total-tokens 16384 --page-size 16 --watchdog-timeout 600"
     )
     command = [python, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
+    command += ["--nccl-port", str(free_port())]  # its own choice may be one that we gave to somebody else
     return [*command, *flags.split(), *extra]
 
 

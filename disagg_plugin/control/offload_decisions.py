@@ -39,6 +39,7 @@ def parameters_of(settings: DisaggSettings, *, step_tokens: int) -> PolicyParame
         decode_harm_weight=split.decode_harm_weight,
         offload_hysteresis=split.offload_hysteresis,
         chunk_tokens=step_tokens,
+        suspect_after_s=split.suspect_after_s,
     )
 
 

@@ -118,6 +118,7 @@ class PrefillWorkers:
             changed=lambda _: self._publish(),
             codec=settings.transfer.codec,
             silent_after_s=settings.side_channel.peer_timeout_s,
+            suspect_after_s=settings.split_policy.suspect_after_s,
             assumed=lambda: self._assumed,
             choose_codec=lambda name, choices: self._codec_policy(name, choices) if self._codec_policy else None,
         )

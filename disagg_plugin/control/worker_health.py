@@ -3,7 +3,7 @@
 ==============  ===================================================================================================
 connecting      nobody answers yet, or the connection was lost; retried for ever
 healthy         may be offered prompts
-suspect         connected, but its last load report is more than a second old: not offered anything
+suspect         connected, but its last load report is older than ``suspect_after_s``: not offered anything
 draining        it is about to leave, or is kept from taking prompts: ends what it has begun, is not offered anything
 backed_off      it failed offloads: not offered anything until a time, then one prompt as a probe
 silent          connected, but not a word for ``peer_timeout_s``: lost; introduced to again with every heartbeat
@@ -18,8 +18,6 @@ The link knows what has happened; ``standing`` adds what depends on the clock an
 from enum import StrEnum
 
 from disagg_plugin.control.backoff import Backoff
-
-SUSPECT_AFTER_S = 1.0  # the policies' own default; here it is only a word in the snapshot
 
 
 class Health(StrEnum):
@@ -45,6 +43,7 @@ def standing(
     reported_s: float | None,
     draining: bool,
     backoff: Backoff,
+    suspect_after_s: float,
 ) -> tuple[Health, str]:
     """Health as of now, and why.
 
@@ -53,6 +52,7 @@ def standing(
         left_s: Since when its name does not list it.
         reported_s: When its last load report came.
         draining: That one said so.
+        suspect_after_s: As the policies are told; here it is only a word in the snapshot.
     """
     if left_s is not None:
         return Health.LEAVING, f"not listed for {now_s - left_s:.1f} s"
@@ -65,6 +65,6 @@ def standing(
         return Health.BACKED_OFF, "probing" if probing else f"{backoff.until_s - now_s:.1f} s left"
     if reported_s is None:
         return Health.SUSPECT, "no load report"
-    if now_s - reported_s > SUSPECT_AFTER_S:
+    if now_s - reported_s > suspect_after_s:
         return Health.SUSPECT, f"load report {now_s - reported_s:.1f} s old"
     return health, reason

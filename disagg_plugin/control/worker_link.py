@@ -62,6 +62,7 @@ class Surroundings:
         emit: Hands an event to the scheduler's thread.
         changed: This link's row is another one now.
         silent_after_s: A worker that says nothing for longer is lost.
+        suspect_after_s: A worker whose report is older is not asked.
     """
 
     clock: Callable[[], float]
@@ -72,6 +73,7 @@ class Surroundings:
     changed: Callable[["WorkerLink"], None]
     codec: CodecChoice = "auto"
     silent_after_s: float = 3.0
+    suspect_after_s: float = 1.0
     assumed: Callable[[], PrefillModel | None] = lambda: None
     choose_codec: Callable[[str, CodecChoices], str | None] = lambda _name, _choices: None
 
@@ -146,6 +148,8 @@ class WorkerLink:
         """
         now_s = self.around.clock()
         self._heard_s = excused(self._heard_s, away_s, now_s)
+        if self._reported_s is not None:
+            self._reported_s = excused(self._reported_s, away_s, now_s)
         if self.welcome is not None:
             if now_s - self._heard_s > max(self.around.silent_after_s, 2 * REPORTS_EVERY_S):
                 self.lose(Health.SILENT, "peer_silent")
@@ -460,4 +464,5 @@ class WorkerLink:
             reported_s=self._reported_s,
             draining=self._load.draining,
             backoff=self.backoff,
+            suspect_after_s=self.around.suspect_after_s,
         )

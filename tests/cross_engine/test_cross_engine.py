@@ -57,6 +57,7 @@ def prompt_of(tokens: int, seed: int) -> list[int]:
 @pytest.fixture(params=["vllm_decode", "sglang_decode"])
 def decode(crossed: Crossed, request: pytest.FixtureRequest) -> Server:
     server: Server = getattr(crossed, request.param)
+    server.wait_for_workers()
     return server
 
 
@@ -73,6 +74,7 @@ def test_the_tokens_are_those_of_a_local_prefill(decode: Server, tokens: int) ->
 def test_temperature_with_a_seed_is_the_decode_engines(crossed: Crossed) -> None:
     """The decode engine computes the last prompt token itself, so sampling is as without us (vLLM honours seeds)."""
     decode = crossed.vllm_decode
+    decode.wait_for_workers()
     prompt = prompt_of(150, seed=2)
     sampling = {"temperature": 0.8, "seed": 1234, "ignore_eos": True}
     before = decode.landed()

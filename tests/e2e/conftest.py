@@ -22,12 +22,18 @@ THRESHOLD = 24  # below every prompt that is to be offloaded, above the ones tha
 DECODE_BLOCKS = 480  # five prompts of 3,000 tokens
 TINY_TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # layers × sides × heads × head_dim × float32
 
+SPLIT = {
+    "prompt_length_threshold": THRESHOLD,
+    "prefill_queue_max": 64,
+    "suspect_after_s": 8.0,  # and so do its reports
+}
 TRANSFER = {
     "codec": "raw",
     "slot_bytes": 1 << 20,  # 255 tokens of the tiny model: half a scheduler chunk
     "region_slots": 4,
     "ring_max_bytes": 16 << 20,
     "stall_timeout_s": 15.0,
+    "offer_timeout_s": 20.0,  # an engine that a test has slowed answers late
     "compile": False,
 }
 
@@ -95,7 +101,7 @@ def settings(role: str, side_port: int, **more: Any) -> dict[str, Any]:
         "side_channel": {"port": side_port},
         "transfer": TRANSFER,
         "policy": {"offload": "threshold"},  # what is to be offloaded must not depend on the machine's speed
-        "split_policy": {"prompt_length_threshold": THRESHOLD, "prefill_queue_max": 64},
+        "split_policy": SPLIT,
         **more,
     }
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 import psutil
 from e2e.client import Answer, Engine
-from engine_processes import RUNS_S, end_tree
-from lmcache_servers import LMCacheServer, prompt_tokens_by_source, stands_still
+from e2e.conftest import is_quiet
+from engine_processes import end_tree
+from lmcache_servers import LMCacheServer, is_written, prompt_tokens_by_source, stands_still
 
 LOOKUP_MS = 3000
 
@@ -35,7 +36,12 @@ class Reuse:
     def forget(self, engine: Engine | None = None) -> None:
         """Empty D's own prefix cache, or another engine's, and nothing else."""
         engine = engine or self.decode
-        engine.http.post(f"{engine.url}/reset_prefix_cache").raise_for_status()
+        engine.when(is_quiet)  # what is being stored is held
+        for _ in range(200):
+            if engine.http.post(f"{engine.url}/reset_prefix_cache").raise_for_status().json()["success"]:
+                return
+            Event().wait(0.05)
+        raise AssertionError(f"something holds blocks: {engine.snapshot()}")
 
     def local(self, prompt: list[int], **params: Any) -> Answer:
         """What an ordinary engine says: P, asked directly, under a salt that nobody else uses."""
@@ -63,6 +69,12 @@ class Counted:
         return tuple(after.get(name, 0) - self._before.get(name, 0) for name in names)
 
 
+def is_stored(engine: Engine, server: LMCacheServer) -> None:
+    """Wait until all that the engine computed is in its server's second tier."""
+    engine.when(is_quiet)
+    server.when(is_written)
+
+
 @contextmanager
 def held_still(engine: Engine) -> Iterator[None]:
     """None of its processes runs meanwhile."""
@@ -71,21 +83,6 @@ def held_still(engine: Engine) -> Iterator[None]:
         yield
     finally:
         end_tree(engine, signal.SIGCONT)
-
-
-@contextmanager
-def held_still_at(engine: Engine, is_there: Callable[[], bool]) -> Iterator[None]:
-    """The engine gets short slices of time until ``is_there``; from then on none of its processes runs."""
-    with held_still(engine):
-        for _ in range(2_000):
-            if is_there():
-                break
-            end_tree(engine, signal.SIGCONT)
-            Event().wait(RUNS_S)
-            _stop(engine)
-        else:
-            raise AssertionError("it never came to that")
-        yield
 
 
 def _stop(engine: Engine) -> None:

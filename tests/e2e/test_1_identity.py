@@ -7,6 +7,7 @@ import pytest
 from e2e.client import Answer, at_once, same_tokens
 from e2e.conftest import BLOCK, THRESHOLD, TINY_TOKEN_BYTES, Fleet
 from e2e.offloads import Offloads, assert_offloaded_as_local, prompt_of
+from engine_processes import slowed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
@@ -95,7 +96,8 @@ def test_a_short_prompt_stays_local(pair: Fleet) -> None:
 
 
 def test_the_first_chunk_lands_before_the_last_one_is_computed(pair: Fleet) -> None:
-    assert_offloaded_as_local(pair, prompt_of(3_000, seed=6), cache_salt="overlap")
+    with slowed(pair.prefill):
+        assert_offloaded_as_local(pair, prompt_of(3_000, seed=6), cache_salt="overlap")
     received = pair.decode.when(lambda v: bool(v["decode"]["recent"]))["decode"]["recent"][-1]
     sent = {t["transfer_id"]: t for t in pair.prefill.when(lambda v: not v["prefill"]["open"])["prefill"]["recent"]}
     last_computed_s = sent[received["transfer_id"]]["last_computed_s"]

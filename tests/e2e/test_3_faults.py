@@ -73,7 +73,7 @@ def test_a_preempted_request_is_computed_here(pair: Fleet) -> None:
     The prefill engine has computed the prompts before, so that all five arrive before a text is long.
     """
     prompts = [prompt_of(2_900, seed=20 + number) for number in range(5)]
-    texts = {"max_tokens": 700}
+    texts = {"max_tokens": 1_100}  # of which four are more than fits, should the fifth come late
     local = at_once([lambda p=p: pair.stock.complete(p, cache_salt="local", **texts) for p in prompts])
     for number, prompt in enumerate(prompts):
         pair.prefill.complete(prompt, cache_salt=f"preempt-{number}", max_tokens=1)

@@ -5,7 +5,6 @@ Ordered; five engine starts: the three, one of them again, and a decode engine w
 
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +15,15 @@ from typing import Any
 
 import pytest
 from e2e.client import Engine, at_once, same_tokens
-from e2e.conftest import Plan, settings, settle
+from e2e.conftest import SPLIT, Plan, settings, settle
 from e2e.offloads import prompt_of
 from e2e.running import end_running_fleet
 from engine_processes import end_tree, slowed
 from engines import free_port
 from models import tiny
 from own_policy import install_own_policy
+
+from disagg_plugin.serving.prefix_hash import CHUNK_TOKENS as DIGEST_TOKENS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -52,6 +53,15 @@ class Trio:
         state: dict[str, Any] = view["prefill_workers"]["workers"][self.worker(name)]
         return state
 
+    def holds_and_rests(self, name: str, view: dict[str, Any], chunks: int = 0) -> bool:
+        """It has told the decode engine of at least so many chunks of prefixes, and of an empty queue."""
+        seen = self.seen(name, view)
+        return not (seen["queued_requests"] or seen["queued_prefill_tokens"]) and bool(seen["digest_chunks"] >= chunks)
+
+    def has_p0_flooded(self, view: dict[str, Any]) -> bool:
+        seen = self.seen("p0", view)
+        return bool(seen["healthy"] and seen["queued_prefill_tokens"] > 0)
+
     def served_by(self, prompts: list[list[int]], *, at_the_same_time: bool = False, **params: Any) -> Counter[str]:
         """Which prefill engines' KV these prompts were answered with."""
         before = len(self.decode.snapshot()["decode"]["recent"])
@@ -72,7 +82,10 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
         port, side_port = free_port(), free_port()
         plans[name] = Plan(name, tiny(), port, core, settings("prefill", side_port))
         workers.append({"url": f"http://127.0.0.1:{port}", "side_channel": f"127.0.0.1:{side_port}"})
-    plans["d"] = Plan("d", tiny(), free_port(), 1, settings("decode", free_port(), prefill_workers=workers))
+    # shared cores make a link look slow for a moment; a killed worker must be left as early as for a user
+    split = {**SPLIT, "link_weight": 0.0, "suspect_after_s": 1.0}
+    decode = settings("decode", free_port(), prefill_workers=workers, split_policy=split)
+    plans["d"] = Plan("d", tiny(), free_port(), 1, decode)
     with ExitStack() as stack:
         trio = Trio(plans, {name: stack.enter_context(ExitStack()) for name in plans}, {}, folder)
         at_once([lambda name=name: trio.start(name) for name in plans])
@@ -95,15 +108,14 @@ def test_a_repeated_prefix_goes_where_the_prefix_is(trio: Trio) -> None:
     """Two prompts of other prefixes first, so that following the last choice or taking turns would fail."""
     for name in ("p0", "p1"):
         system = prompt_of(1_024, seed=30 + int(name[1]))
+        held = trio.seen(name, trio.decode.snapshot())["digest_chunks"]
         direct = trio.engines[name].complete([*system, *prompt_of(200, seed=40)], max_tokens=1)
         assert direct.prompt_tokens == 1_224
-        held = trio.seen(name, trio.decode.snapshot())["digest_chunks"]
-        trio.decode.when(lambda v, name=name, held=held: trio.seen(name, v)["digest_chunks"] >= held)
-    trio.decode.when(lambda v: all(trio.seen(n, v)["digest_chunks"] >= 8 for n in ("p0", "p1")))
-    for name in ("p1", "p0", "p1", "p0"):
+        trio.decode.when(lambda v, name=name, held=held: trio.holds_and_rests(name, v, held + 1_224 // DIGEST_TOKENS))
+    for number, name in enumerate(("p1", "p0", "p1", "p0")):
         system = prompt_of(1_024, seed=30 + int(name[1]))
-        tail = prompt_of(200, seed=len(name) + time.monotonic_ns() % 1000)
-        assert trio.served_by([[*system, *tail]]) == {name: 1}
+        assert trio.served_by([[*system, *prompt_of(200, seed=41 + number)]]) == {name: 1}
+        trio.decode.when(lambda v: all(trio.holds_and_rests(worker, v) for worker in ("p0", "p1")))
 
 
 def test_a_worker_under_a_flood_of_direct_requests_is_avoided(trio: Trio) -> None:
@@ -113,20 +125,24 @@ def test_a_worker_under_a_flood_of_direct_requests_is_avoided(trio: Trio) -> Non
             flood = [pool.submit(flooded.complete, prompt_of(3_000, seed=60 + i), max_tokens=1) for i in range(16)]
             trio.decode.when(lambda v: trio.seen("p0", v)["queued_prefill_tokens"] > 12_000, every_s=0.02)
             served = trio.served_by([prompt_of(400, seed=80 + i) for i in range(4)])
-            seen = trio.seen("p0", trio.decode.snapshot())
+            trio.decode.when(trio.has_p0_flooded, every_s=0.02)  # still, and not left for another reason
         for future in flood:
             future.result()
-    assert seen["healthy"], "or it would be left for another reason"
-    assert seen["queued_prefill_tokens"] > 0, "the prompts must have met the flood"
     assert served == {"p1": 4}
 
 
 def test_a_killed_worker_is_left_within_a_second_and_used_again_after_its_restart(trio: Trio) -> None:
     local = trio.engines["p1"].complete(prompt_of(700, seed=91), cache_salt="local")
     end_tree(trio.engines["p0"], signal.SIGKILL)
-    killed_s = time.monotonic()
-    trio.decode.when(lambda v: not trio.seen("p0", v)["healthy"], every_s=0.02)
-    assert time.monotonic() - killed_s < 1.5, "a second, and what the snapshots take"
+    ages_s = [0.0]  # by the engine's own clock
+
+    def is_left(view: dict[str, Any]) -> bool:
+        seen = trio.seen("p0", view)
+        ages_s.append(seen["report_age_s"] if seen["healthy"] else 0.0)
+        return not seen["healthy"]
+
+    trio.decode.when(is_left, every_s=0.02)
+    assert max(ages_s) <= 1.0
     before = len(trio.decode.snapshot()["decode"]["recent"])
     assert same_tokens(trio.decode.complete(prompt_of(700, seed=91), cache_salt="killed"), local)
     served = trio.served_by([prompt_of(700, seed=92 + i) for i in range(3)], at_the_same_time=True)
@@ -164,7 +180,7 @@ def test_an_own_policy_that_is_installed_decides_in_a_real_engine(trio: Trio, tm
     trio.lives["d"].close()
     plan = trio.plans["d"]
     assert plan.settings is not None
-    own = {**plan.settings, "policy": {"offload": ["when_busy", "latency"]}}
+    own = {**plan.settings, "policy": {"offload": ["when_busy", "latency"], "hook_timeout_ms": 1_000}}
     paths = [str(install_own_policy(tmp_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
     trio.plans["d"] = replace(plan, name="d-own", settings=own, env={"PYTHONPATH": os.pathsep.join(paths)})
     trio.start("d")

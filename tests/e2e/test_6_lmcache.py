@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,11 +18,11 @@ from e2e.client import Engine, Going, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_quiet, settings
 from e2e.offloads import prompt_of
 from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
-from e2e.reuse import Counted, Reuse, cache, held_still, held_still_at
+from e2e.reuse import Counted, Reuse, cache, held_still, is_stored
 from e2e.running import end_running_fleet
-from engine_processes import slowed
+from engine_processes import slowed, stopped_models
 from engines import EngineFailed, free_port
-from lmcache_servers import CHUNK, LMCacheServer, holds_nothing_locked, is_written
+from lmcache_servers import CHUNK, LMCacheServer, holds_nothing_locked
 from models import smollm2, tiny
 from sequential_proxy import SequentialProxy
 
@@ -131,7 +132,7 @@ def test_the_engines_own_prefix_lmcache_and_the_worker_each_give_their_part(shar
 def test_what_the_worker_computed_for_others_is_found_by_an_engine_that_never_saw_it(shared: Reuse) -> None:
     prompt = prompt_of(640 + 20, seed=4)
     local = shared.prefill.complete(prompt, cache_salt="d")
-    shared.store_p.when(is_written)
+    is_stored(shared.prefill, shared.store_p)
     counted = shared.count()
     got = shared.decode.complete(prompt, cache_salt="d")
     assert counted("store_hit_tokens", "wire_tokens", "offered") == (640, 0, 0)
@@ -200,9 +201,10 @@ def test_when_the_worker_falls_silent_only_its_part_is_computed_again(shared: Re
     shared.forget()
     local = shared.local(prompt)
     counted = shared.count()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, stopped_models(shared.prefill):  # it answers, and computes nothing
         future = pool.submit(shared.decode.complete, prompt, cache_salt="silent")
-        with held_still_at(shared.prefill, lambda: is_open("ready")(shared.decode.snapshot())):
+        shared.decode.when(is_open("ready"), every_s=0.02)
+        with held_still(shared.prefill):
             got = future.result(timeout=120)
     assert same_tokens(got, local)
     assert counted("store_hit_tokens", "failed_loads") == (960, 0)
@@ -214,11 +216,11 @@ def test_preempted_requests_with_both_loads_say_what_they_would_have_said(shared
     for number, prompt in enumerate(prompts):
         shared.decode.complete(prompt[:700], cache_salt=f"many-{number}", max_tokens=1)
     shared.forget()
-    local = [shared.local(prompt, max_tokens=400) for prompt in prompts]
+    local = [shared.local(prompt, max_tokens=800) for prompt in prompts]
     counted = shared.count()
     got = at_once(
         [
-            lambda n=n, p=p: shared.decode.complete(p, cache_salt=f"many-{n}", max_tokens=400)
+            lambda n=n, p=p: shared.decode.complete(p, cache_salt=f"many-{n}", max_tokens=800)
             for n, p in enumerate(prompts)
         ]
     )
@@ -267,7 +269,7 @@ def test_a_server_that_dies_while_a_request_waits_for_both_loads_costs_its_token
 def test_the_worker_takes_a_prefix_from_its_own_lmcache_and_sends_it_on(shared: Reuse) -> None:
     prompt = prompt_of(900, seed=12)
     local = shared.prefill.complete(prompt, cache_salt="of P")
-    shared.store_p.when(is_written)
+    is_stored(shared.prefill, shared.store_p)
     shared.forget(shared.prefill)
     on_d, on_p = shared.count(), Counted(shared.prefill)
     got = shared.decode.complete(prompt, cache_salt="of P")  # whose own server has died
@@ -280,13 +282,14 @@ def start_again(shared: Reuse, *, salt: str, **how: Any) -> None:
     """Start D's server, which keeps 80 chunks, and wait until the engine uses it: it notices by its heartbeat."""
     shared.store_d.start(l1_gb=0.02, **how)
     prompt = prompt_of(300, seed=10)
-    for _ in range(40):
+    for _ in range(300):
         shared.decode.complete(prompt, cache_salt=salt)
         shared.forget()
         counted = shared.count()
         shared.decode.complete(prompt, cache_salt=salt)
         if counted("store_hit_tokens") == (256,):
             return
+        Event().wait(0.2)
     raise AssertionError("no hits after the server came back")
 
 
@@ -310,10 +313,10 @@ def test_int8_in_the_second_tier_takes_a_quarter_and_predicts_the_same(shared: R
     start_again(shared, salt="again as int8", l2=folder, serde="disagg_int8")
     prompt = prompt_of(700, seed=11)
     local = shared.local(prompt)
-    shared.store_d.when(is_written)
+    is_stored(shared.decode, shared.store_d)
     before = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shared.decode.complete(prompt, cache_salt="int8")
-    shared.store_d.when(is_written)
+    is_stored(shared.decode, shared.store_d)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) - before
     assert 0 < written <= 0.27 * 640 * TINY_TOKEN_BYTES
     shared.forget()
@@ -357,7 +360,7 @@ def smol(reuse: Reuse) -> Iterator[tuple[Engine, LMCacheServer]]:
 
 def test_another_model_finds_nothing(shared: Reuse, smol: tuple[Engine, LMCacheServer]) -> None:
     engine, _ = smol
-    shared.store_d.when(is_written)
+    is_stored(shared.decode, shared.store_d)
     counted = Counted(engine)
     engine.complete(prompt_of(700, seed=11), cache_salt="int8")  # what D stored, and found again
     assert counted("lookups", "store_hit_tokens") == (1, 0)
@@ -371,7 +374,7 @@ def test_kv_that_was_int8_in_the_second_tier_predicts_what_kv_predicts(
     for number, topic in enumerate(TOPICS):
         ids = text_of(engine, topic, 4 * CHUNK + 101, seed=number)
         engine.complete(ids[: 4 * CHUNK], max_tokens=1, cache_salt=f"int8-{number}")
-        server.when(is_written)
+        is_stored(engine, server)
         server.clear()
         shared.forget(engine)
         counted = Counted(engine)

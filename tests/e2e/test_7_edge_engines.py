@@ -19,7 +19,7 @@ from e2e.client import REQUEST_S, Answer, Engine, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, TRANSFER, Plan, is_quiet, settings, settle
 from e2e.offloads import Offloads, prompt_of
 from e2e.running import end_running_fleet
-from engine_processes import is_alive
+from engine_processes import is_alive, slowed
 from engines import free_port, vllm_env
 from models import tiny
 from sequential_proxy import SequentialProxy
@@ -187,9 +187,10 @@ def test_a_prompt_whose_prefill_is_preempted_arrives_all_the_same(pair: Unusual)
         prompt = prompt_of(2_500, seed=70 + attempt)
         counted = Offloads(pair.decode)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(pair.decode.complete, prompt, cache_salt="preempted", max_tokens=4)
-            pair.prefill.when(lambda v: any(t["started_s"] for t in v["prefill"]["open"]), every_s=0.01)
-            post(pair.prefill, "/pause?mode=keep")  # and clears the cache: what runs is preempted
+            with slowed(pair.prefill):
+                future = pool.submit(pair.decode.complete, prompt, cache_salt="preempted", max_tokens=4)
+                pair.prefill.when(lambda v: any(t["started_s"] for t in v["prefill"]["open"]), every_s=0.01)
+                post(pair.prefill, "/pause?mode=keep")  # and clears the cache: what runs is preempted
             post(pair.prefill, "/resume")
             got = future.result(timeout=120)
         assert same_tokens(got, pair.local(prompt, max_tokens=4))
@@ -209,9 +210,10 @@ def post(engine: Engine, path: str) -> None:
 def test_a_paused_decode_engine_goes_on_when_resumed(pair: Unusual) -> None:
     prompt = prompt_of(2_000, seed=80)
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(pair.decode.complete, prompt, cache_salt="paused")
-        pair.prefill.when(lambda v: bool(v["prefill"]["open"]), every_s=0.01)
-        post(pair.decode, "/pause?mode=keep&clear_cache=false")  # vLLM clears no cache that requests wait to be loaded
+        with slowed(pair.prefill):
+            future = pool.submit(pair.decode.complete, prompt, cache_salt="paused")
+            pair.prefill.when(lambda v: bool(v["prefill"]["open"]), every_s=0.01)
+            post(pair.decode, "/pause?mode=keep&clear_cache=false")  # vLLM clears no cache that requests wait for
         post(pair.decode, "/resume")
         got = future.result(timeout=120)
     assert same_tokens(got, pair.local(prompt))
@@ -224,9 +226,10 @@ def several_long(seed: int) -> list[list[int]]:
 def answers_while(pair: Unusual, prompts: list[list[int]], action: Any) -> list[Answer]:
     """Offload all at once, more than P can compute side by side, and act while it has some of them before it."""
     with ThreadPoolExecutor(len(prompts)) as pool:
-        futures = [pool.submit(pair.decode.complete, p, cache_salt="several", max_tokens=4) for p in prompts]
-        pair.prefill.when(lambda v: len(v["prefill"]["open"]) >= 3, every_s=0.02)
-        action()
+        with slowed(pair.prefill):
+            futures = [pool.submit(pair.decode.complete, p, cache_salt="several", max_tokens=4) for p in prompts]
+            pair.prefill.when(lambda v: len(v["prefill"]["open"]) >= 3, every_s=0.02)
+            action()
         return [future.result(timeout=240) for future in futures]
 
 

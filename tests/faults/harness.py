@@ -40,6 +40,8 @@ TRANSFER = {
     "linger_s": 0.2,
     "scatter_idle_budget_ms": 5.0,
 }
+PATIENT = {"offer_timeout_s": 5.0, "start_timeout_s": 4.0, "stall_timeout_s": 4.0, "deadline_s": 30.0}
+PATIENT_PEER_TIMEOUT_S = 3.0
 GAUGES = ("open_sends", "open_receives", "slots_in_use", "slots_quarantined", "private_buffers_in_use", "unanswered")
 WAIT_S = 15.0
 
@@ -156,6 +158,7 @@ class Fleet:
     Args:
         keys: Folder of keys per engine name.
         transfer: Laid over the usual settings.
+        patient: No time-out passes because a busy machine lets a process wait; for what is not about time.
     """
 
     def __init__(
@@ -166,12 +169,15 @@ class Fleet:
         blocks: int = 512,
         keys: Mapping[str, str] | None = None,
         transfer: Mapping[str, Any] | None = None,
+        patient: bool = False,
         decode: bool = True,
         connect: bool = True,
     ) -> None:
         self.zygote = zygote
         self.keys = dict(keys or {})
-        self.transfer = {**TRANSFER, **(transfer or {})}
+        self.transfer = {**TRANSFER, **(PATIENT if patient else {}), **(transfer or {})}
+        self.suspect_after_s = PATIENT_PEER_TIMEOUT_S if patient else 1.0
+        self.peer_timeout_s = PATIENT_PEER_TIMEOUT_S if patient else PEER_TIMEOUT_S
         self.blocks = blocks
         self.names = [f"p{n}" for n in range(1, prefills + 1)]
         self.fronts = {name: Front() for name in [*self.names, "d"]}
@@ -214,7 +220,7 @@ class Fleet:
         return engine
 
     def settings(self, name: str) -> dict[str, Any]:
-        channel = {"port": 0, "heartbeat_s": 0.1, "peer_timeout_s": PEER_TIMEOUT_S}
+        channel = {"port": 0, "heartbeat_s": 0.1, "peer_timeout_s": self.peer_timeout_s}
         if name in self.keys:
             channel["keys_dir"] = self.keys[name]
         settings = {
@@ -223,7 +229,13 @@ class Fleet:
             "transfer": self.transfer,
             "policy": {"offload": "threshold", "log_interval_s": None},
             # a prefill engine's own limit is what it refuses by, whatever the decode engine thinks
-            "split_policy": {"prompt_length_threshold": 32, "prefill_queue_max": 64 if name == "d" else 16},
+            # who is asked first is decided by load alone, not by what relays cost
+            "split_policy": {
+                "prompt_length_threshold": 32,
+                "prefill_queue_max": 64 if name == "d" else 16,
+                "link_weight": 0.0,
+                "suspect_after_s": self.suspect_after_s,
+            },
         }
         if name == "d":
             fronts = [self.fronts[p] for p in self.names]

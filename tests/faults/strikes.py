@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from faults.matrix import Moment
 
 from disagg_plugin.control.channel import ChannelState, SideChannelClient
 from disagg_plugin.control.keys import KeyRing
-from disagg_plugin.control.messages import Cancel, Heartbeat, Offer, Ready
+from disagg_plugin.control.messages import Cancel, Heartbeat, Offer, Ready, Snapshot, SnapshotRequest
 from disagg_plugin.kv.wire import Kind, Notification
 
 TOKENS = 300
@@ -223,6 +224,11 @@ def _fill_ring(scene: Scene) -> None:
     scene.open_gates()
 
 
+def _load_p(scene: Scene) -> None:
+    scene.p.gates(load=20)
+    scene.p.state()  # a step later: it has been published
+
+
 def _no_region(scene: Scene) -> None:
     assert scene.fleet.worker("p2")["state"] == "ring_exhausted"
     scene.open_gates()
@@ -296,7 +302,7 @@ def _flood(scene: Scene) -> None:
 
 async def _say(fleet: Fleet, name: str, messages: list) -> None:  # type: ignore[type-arg]
     """As a client with the right keys: messages, or bytes that are none."""
-    up, state = asyncio.Event(), []
+    up, heard, state = asyncio.Event(), asyncio.Event(), []
 
     def on_state(new: ChannelState, _reason: str) -> None:
         state.append(new)
@@ -308,7 +314,7 @@ async def _say(fleet: Fleet, name: str, messages: list) -> None:  # type: ignore
         port=fleet.engines[name].ports["side"],
         keys=KeyRing.load(Path(fleet.keys[name])),
         identity=b"a stranger",
-        on_message=lambda _message: None,
+        on_message=lambda message: heard.set() if isinstance(message, Snapshot) else None,
         on_state=on_state,
     )
     await client.start()
@@ -320,7 +326,12 @@ async def _say(fleet: Fleet, name: str, messages: list) -> None:  # type: ignore
                 client._live.socket.send_multipart([message])
             else:
                 client.send(message)
-        await asyncio.sleep(0.05)
+        for _ in range(100):  # answered after all that came before it; a flooded socket drops it
+            client.send(SnapshotRequest())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(heard.wait(), 0.1)
+                return
+        raise AssertionError(f"{name} does not answer")
     finally:
         await client.close()
 
@@ -330,7 +341,7 @@ STRIKES: dict[str, Strike] = {
     "p_killed_of_two": Strike(_kill_p, mend=_start_p, fleet="two"),
     "p_stopped": Strike(_stop_p),
     "p_restarted": Strike(_restart_p),
-    "p_refuses": Strike(nothing, lambda s: s.p.gates(load=20), lambda s: s.p.gates(load=0), held_at_queue=False),
+    "p_refuses": Strike(nothing, _load_p, lambda s: s.p.gates(load=0), held_at_queue=False),
     "p_answers_429": Strike(
         nothing, lambda s: s.p.gates(http_status=429), lambda s: s.p.gates(http_status=0), held_at_queue=False
     ),

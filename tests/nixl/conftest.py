@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GEOMETRY = {"layers": 2, "kv_heads": 2, "head_dim": 16, "dtype": "bfloat16"}
 REGION_SLOTS = 4
-STALL_S = 1.0
+STALL_S = 3.0  # longer than a process takes to start
 TRANSFER = {
     "codec": "raw",
     "compile": False,

@@ -24,6 +24,7 @@ class Answer:
     output_ids: tuple[int, ...]
     top2_gaps: tuple[float, ...]
     cached_tokens: int
+    finish_reason: str
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Engine:
         body: dict[str, Any] = {"input_ids": list(prompt), "return_logprob": True, "top_logprobs_num": 2}
         reply = self.post("/generate", **body, **{"sampling_params": sampling, **more})
         meta = reply["meta_info"]
-        gaps = [top[0][0] - top[1][0] for top in meta["output_top_logprobs"]]
-        return Answer(tuple(reply["output_ids"]), tuple(gaps), meta["cached_tokens"])
+        gaps = [top[0][0] - top[1][0] for top in meta.get("output_top_logprobs") or ()]  # none of what was aborted
+        reason = meta["finish_reason"]["type"]
+        return Answer(tuple(reply.get("output_ids", ())), tuple(gaps), meta.get("cached_tokens", 0), reason)
 
     def stream(self, prompt: Sequence[int], *, max_tokens: int = 16) -> str:
         """The text of one streamed greedy completion."""

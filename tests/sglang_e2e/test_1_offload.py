@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import Any
 
 import pytest
 from sglang_e2e.client import Answer, Engine, Offloads, at_once, prompt_of, same_tokens
@@ -35,9 +36,14 @@ def test_a_long_prompt_is_prefilled_elsewhere(pair: Fleet, tokens: int) -> None:
     assert_same(got, pair.local(prompt_of(tokens)))
 
 
+def rows(view: dict[str, Any], prompt_tokens: int) -> list[dict[str, Any]]:
+    """Of transfers of prompts of this length; a row is written when its request has gone on."""
+    return [row for row in view["decode"]["recent"] if row["prompt_tokens"] == prompt_tokens]
+
+
 def test_chunks_arrive_while_the_prompt_is_still_being_computed(pair: Fleet) -> None:
     pair.decode.generate(prompt_of(3_000, seed=1))
-    received = pair.decode.snapshot()["decode"]["recent"][-1]
+    received = rows(pair.decode.when(lambda v: bool(rows(v, 3_000))), 3_000)[-1]
     sent = {t["transfer_id"]: t for t in pair.prefill.when(is_quiet)["prefill"]["recent"]}
     assert received["chunks"] >= 12
     assert received["first_chunk_s"] < sent[received["transfer_id"]]["last_computed_s"]
@@ -72,9 +78,13 @@ def test_what_the_prefill_server_holds_is_sent_without_being_computed_again(pair
     counted = Offloads(pair.decode)
     got = pair.decode.generate(prompt)
     assert counted.totals()["raw_bytes"] == 399 * TOKEN_BYTES
-    cached = re.findall(r"#cached-token: (\d+)", (pair.folder / "prefill.log").read_text())
-    assert int(cached[-1]) == 384
+    pair.prefill.when(lambda _: cached_last(pair) == 384)  # it logs a forward when it has sent what came of it
     assert_same(got, pair.local(prompt))
+
+
+def cached_last(pair: Fleet) -> int:
+    """Cached tokens of the prefill server's last forward."""
+    return int(re.findall(r"#cached-token: (\d+)", (pair.folder / "prefill.log").read_text())[-1])
 
 
 def routed(engine: Engine, prefill: Engine, prompt: list[int], room: int) -> Answer:

@@ -7,14 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from engine_processes import SGLANG_STANDS_TIMES, end_tree, slowed
-from sglang_e2e.client import Engine, Offloads, at_once, prompt_of, same_tokens
-from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet
+from engine_processes import SGLANG_STANDS_TIMES, Slices, end_tree, slowed
+from sglang_e2e.client import Answer, Engine, Offloads, at_once, prompt_of, same_tokens
+from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet, offload
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -48,41 +48,72 @@ def chunks_received(view: dict[str, Any]) -> int:
     return sum(rank["chunks_received"] for rank in view["decode"]["ranks"].values())
 
 
-def abort_while(pair: Fleet, state: str, prompt: list[int]) -> None:
-    """Send a request, and abort it, as SGLang does when its client goes away, once it is in ``state``."""
-    with ThreadPoolExecutor(1) as pool:
-        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 4}, "rid": f"abort-{state}"}
-        future = pool.submit(pair.decode.post, "/generate", **body)
-        pair.decode.when(lambda v: v["waiting"][state] > 0)
-        assert pair.decode.http.post(f"{pair.decode.url}/abort_request", json={"rid": body["rid"]}).status_code == 200
-        assert future.result(timeout=60)["meta_info"]["finish_reason"]["type"] == "abort"
+@contextmanager
+def offered(pair: Fleet, prompt: list[int], **more: Any) -> Iterator[Future[Answer]]:
+    """A request that waits for the prefill server, which does not get its prompt for the body."""
+    with ThreadPoolExecutor(1) as pool, deaf(pair.prefill):
+        held = held_back(pair.decode.snapshot())
+        future = pool.submit(pair.decode.generate, prompt, **more)
+        pair.decode.when(lambda v: held_back(v) > held)
+        yield future
 
 
-def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(pair: Fleet) -> None:
+@contextmanager
+def being_filled(pair: Fleet, prompt: list[int], **more: Any) -> Iterator[tuple[Future[Answer], Slices]]:
+    """A request of which some KV has come, and most has not: the prefill server runs in slices."""
+    before = chunks_received(pair.decode.snapshot())
+    with offered(pair, prompt, **more) as future, slowed(pair.prefill, SGLANG_STANDS_TIMES) as slices:
+        pair.decode.when(lambda v: chunks_received(v) > before)
+        yield future, slices
+
+
+def abort(pair: Fleet, future: Future[Answer], rid: str) -> None:
+    """As SGLang does when a client goes away."""
+    assert pair.decode.http.post(f"{pair.decode.url}/abort_request", json={"rid": rid}).status_code == 200
+    assert future.result(timeout=60).finish_reason == "abort"
+
+
+def test_requests_that_are_aborted_while_they_wait_leave_nothing(pair: Fleet) -> None:
+    """Two prompts fill the KV that transfers may hold; the third gets no pages before one of them has gone."""
     counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
-    with stopped(pair.prefill):
-        abort_while(pair, "waiting", prompt_of(3_800, seed=28))
+    rids = [f"waits-{number}" for number in range(3)]
+    with ExitStack() as stack:
+        futures = [
+            stack.enter_context(offered(pair, prompt_of(3_800, seed=25 + number), rid=rid))
+            for number, rid in enumerate(rids)
+        ]
+        waiting = pair.decode.when(lambda v: held_back(v) == 3)["waiting"]["waiting"]
+        for rid, future in reversed(list(zip(rids, futures, strict=True))):
+            abort(pair, future, rid)
+    assert waiting >= 1
     pair.decode.when(connected)
     pair.prefill.when(is_quiet)
-    assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
+    assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 3
 
 
 def test_a_request_that_is_aborted_while_its_pages_are_filled_leaves_nothing(pair: Fleet) -> None:
     counted = pair.decode.snapshot()["decode"]["totals"].get("aborted", 0)
-    with slowed(pair.prefill, SGLANG_STANDS_TIMES):
-        abort_while(pair, "receiving", prompt_of(3_800, seed=29))
+    with being_filled(pair, prompt_of(3_800, seed=29), rid="filled") as (future, slices):
+        slices.stand()
+        assert pair.decode.snapshot()["waiting"]["receiving"] == 1
+        abort(pair, future, "filled")
     pair.prefill.when(is_quiet)
     assert pair.decode.when(is_quiet)["decode"]["totals"]["aborted"] == counted + 1
+
+
+def refused(view: dict[str, Any]) -> int:
+    return int(view["prefill_service"].get("refused_queue_full", 0))
 
 
 def test_prompts_that_the_prefill_server_refuses_are_computed_here(pair: Fleet) -> None:
     """Its queue takes so many and no more, whatever the decode server thinks of it."""
     prompts = [prompt_of(100, seed=50 + number) for number in range(PREFILL_QUEUE + 4)]
-    counted = Offloads(pair.decode)
+    offload(pair.decode, prompt_of(100, seed=49))  # nothing is held against it
+    counted, before = Offloads(pair.decode), refused(pair.prefill.snapshot())
     with ThreadPoolExecutor(len(prompts)) as pool:
         with deaf(pair.prefill):
             futures = [pool.submit(pair.decode.generate, prompt) for prompt in prompts]
-            pair.prefill.when(lambda v: v["prefill_service"].get("refused_queue_full", 0) == 4)
+            pair.prefill.when(lambda v: refused(v) - before >= 4)
             pair.decode.when(lambda v: held_back(v) == PREFILL_QUEUE)
         got = [future.result(timeout=120) for future in futures]
     totals = counted.totals()
@@ -91,16 +122,21 @@ def test_prompts_that_the_prefill_server_refuses_are_computed_here(pair: Fleet) 
         assert same_tokens(answer, pair.local(prompt))
 
 
+def loads(engine: Engine) -> Any:
+    (load,) = engine.http.get(f"{engine.url}/v1/loads").json()["loads"]
+    return load
+
+
 def test_what_waits_for_kv_counts_in_sglangs_load_report(pair: Fleet) -> None:
     with ThreadPoolExecutor(3) as pool:
         with deaf(pair.prefill):
             futures = [pool.submit(pair.decode.generate, prompt_of(100, seed=80 + number)) for number in range(3)]
             pair.decode.when(lambda v: held_back(v) == 3)
-            (load,) = pair.decode.http.get(f"{pair.decode.url}/v1/loads").json()["loads"]
+            pair.decode.when(lambda _: loads(pair.decode)["num_waiting_reqs"] == 3)  # it is published at times
+            load = loads(pair.decode)
             assert pair.decode.http.post(f"{pair.decode.url}/flush_cache").status_code != 200, "it is not idle"
         for future in futures:
             future.result(timeout=120)
-    assert load["num_waiting_reqs"] == 3
     queues = load["disaggregation"]
     assert queues["mode"] == "decode"
     assert queues["decode_prealloc_queue_reqs"] + queues["decode_transfer_queue_reqs"] == 3
@@ -126,9 +162,9 @@ def test_a_prefill_server_that_hangs_costs_seconds_and_no_token(pair: Fleet) -> 
     prompt = prompt_of(2_000, seed=30)
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
-    with stopped(pair.prefill):
+    with offered(pair, prompt) as future, stopped(pair.prefill):
         started = time.monotonic()
-        got = pair.decode.generate(prompt)
+        got = future.result(timeout=120)
         took_s = time.monotonic() - started
     assert same_tokens(got, local)
     assert took_s < 60
@@ -141,10 +177,7 @@ def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land
     prompt = prompt_of(3_800, seed=31)
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
-    before = chunks_received(pair.decode.snapshot())
-    with slowed(pair.prefill, SGLANG_STANDS_TIMES), ThreadPoolExecutor(1) as pool:
-        future = pool.submit(pair.decode.generate, prompt)
-        pair.decode.when(lambda v: chunks_received(v) > before)
+    with being_filled(pair, prompt) as (future, _):
         end_tree(pair.prefill, signal.SIGKILL)
         got = future.result(timeout=120)
     assert same_tokens(got, local)

@@ -2,13 +2,13 @@
 
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from engine_processes import SGLANG_STANDS_TIMES, is_alive, slowed
+from engine_processes import is_alive
 from sglang_e2e.client import Offloads, prompt_of, same_tokens
 from sglang_e2e.conftest import Fleet, connected
+from sglang_e2e.test_2_faults import being_filled
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -40,13 +40,10 @@ def test_a_prefill_server_that_is_told_to_leave_ends_what_it_has_begun(pair: Fle
     prompt = prompt_of(3_800, seed=62)
     local = pair.local(prompt)
     counted = Offloads(pair.decode)
-    with ThreadPoolExecutor(1) as pool:
-        with slowed(pair.prefill, SGLANG_STANDS_TIMES):
-            future = pool.submit(pair.decode.generate, prompt)
-            pair.decode.when(lambda v: v["waiting"]["receiving"] > 0)
-            os.kill(pair.prefill.pid, signal.SIGTERM)
-            pair.decode.when(lambda v: not connected(v))
-        got = future.result(timeout=120)
+    with being_filled(pair, prompt) as (future, _):
+        os.kill(pair.prefill.pid, signal.SIGTERM)
+        pair.decode.when(lambda v: not connected(v))
+    got = future.result(timeout=120)
     assert same_tokens(got, local)
     totals = counted.totals()
     assert (totals["offered"], totals["landed"], totals["fallbacks"]) == (1, 1, 0)

@@ -73,7 +73,12 @@ class FakeClient:
 class Bench:
     """One decode engine's view of its workers."""
 
-    def __init__(self, workers: Sequence[object] = ("http://10.0.0.1:8000",), **transfer: object) -> None:
+    def __init__(
+        self,
+        workers: Sequence[object] = ("http://10.0.0.1:8000",),
+        split_policy: dict[str, object] | None = None,
+        **transfer: object,
+    ) -> None:
         self.io = VirtualLoop()
         self.clients: dict[str, FakeClient] = {}
         self.addresses: Sequence[str] = ()
@@ -82,7 +87,8 @@ class Bench:
                 "role": "decode",
                 "prefill_workers": list(workers),
                 "side_channel": {"host": "0.0.0.0", "insecure": True},
-                "transfer": {"offer_timeout_s": 0.05, **transfer},
+                "transfer": {"offer_timeout_s": 5.0, **transfer},
+                "split_policy": split_policy or {},
             }
         )
         self.side = PrefillWorkers(
@@ -292,7 +298,7 @@ def test_what_the_worker_does_not_have_is_not_counted(end: str) -> None:
         assert bench.row().in_flight_requests == 0
         assert bench.side.snapshot()["calls"] == 0
 
-    run(story)
+    run(story, Bench(offer_timeout_s=0.05 if end == "timeout" else 5.0))
 
 
 def test_decisions_of_one_step_know_of_each_other() -> None:
@@ -359,6 +365,36 @@ def test_a_worker_whose_report_is_old_is_suspect_and_not_asked() -> None:
         assert (bench.asked(), bench.state()) == ([A], "healthy")
 
     run(story)
+
+
+def test_a_report_that_we_could_not_have_read_is_not_old() -> None:
+    """Our own thread stood still; reports of the meantime wait to be read."""
+
+    async def story(bench: Bench) -> None:
+        bench.meet()
+        bench.side.sweep()
+        bench.io.pass_s(0.5)
+        bench.side.sweep()
+        bench.io.pass_s(30.0)
+        bench.side.sweep()
+        assert (bench.asked(), bench.state()) == ([A], "healthy")
+        for _ in range(2):  # nothing came, although it was looked for
+            bench.io.pass_s(0.5)
+            bench.side.sweep()
+        assert (bench.asked(), bench.state()) == ([], "suspect")
+
+    run(story)
+
+
+def test_how_old_a_report_may_be_is_a_setting() -> None:
+    async def story(bench: Bench) -> None:
+        bench.meet()
+        bench.io.pass_s(1.9)
+        assert bench.state() == "healthy"
+        bench.io.pass_s(0.2)
+        assert bench.state() == "suspect"
+
+    run(story, Bench(split_policy={"suspect_after_s": 2.0}))
 
 
 def test_a_connected_worker_that_never_reported_is_not_asked() -> None:
@@ -443,7 +479,7 @@ def test_offers_without_an_answer_back_a_worker_off_twice_as_long_each_time() ->
         assert 0.3 <= pauses_s[0] <= 0.7
         assert pauses_s[2] > 2 * pauses_s[0]
 
-    run(story)
+    run(story, Bench(offer_timeout_s=0.05))
 
 
 def test_a_full_queue_is_no_failure_and_the_second_worker_is_asked() -> None:

@@ -28,7 +28,7 @@ SNAPSHOT = Snapshot(PROMPT, BUSY, WORKERS)
 CHOICES = CodecChoices(Link(1e8, samples=10), 65_536.0, 33_792.0, 2e9)
 
 
-def decider(*plugins: object, bound_s: float = 0.005, parameters: PolicyParameters | None = None) -> Decider:
+def decider(*plugins: object, bound_s: float = 5.0, parameters: PolicyParameters | None = None) -> Decider:
     """One that asks ``plugins`` in this order for each hook that they implement, on a clock that stands still."""
     settings: dict[str, list[str]] = {"offload": [], "placement": [], "codec": [], "admission": []}
     named = [(f"own_{number}", plugin) for number, plugin in enumerate(plugins)]

@@ -23,7 +23,7 @@ IDLE = AdmissionSnapshot(Arrival("low", 100), CLASSES)
 CROWDED = AdmissionSnapshot(Arrival("low", 100), CLASSES, queued=(QueuedWork(0, 9, 90_000),))
 
 
-def admitter(plugin: object | None = None, *, admission: str = "projected", bound_s: float = 0.005) -> Admitter:
+def admitter(plugin: object | None = None, *, admission: str = "projected", bound_s: float = 5.0) -> Admitter:
     settings = PolicySettings(admission=("own",) if plugin else (admission,))
     manager = load_plugins(settings, extra=[("own", plugin)] if plugin else ())
     return Admitter(choose(manager, settings).admission, PolicyParameters(), bound_s=bound_s)
@@ -90,7 +90,7 @@ def test_a_policy_that_hangs_does_not_hold_up_the_event_loop() -> None:
         def disagg_admit(self, snapshot: AdmissionSnapshot) -> None:
             forever.wait()
 
-    asked = admitter(Hangs())
+    asked = admitter(Hangs(), bound_s=0.005)
     assert asked.ask(IDLE).reason == "fits"
     assert asked.problems == {"own late": 1}
     forever.set()

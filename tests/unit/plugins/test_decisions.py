@@ -177,7 +177,7 @@ def test_a_success_in_between_keeps_a_policy_in_office() -> None:
 def test_a_policy_that_hangs_costs_the_bound_three_times_and_then_nothing(
     never: threading.Event, timeout_s: float | None
 ) -> None:
-    deciding = decider(Waits(never, timeout_s))
+    deciding = decider(Waits(never, timeout_s), bound_s=0.005)
     started_s = time.monotonic()
     records = [deciding.decide(PROMPT, BUSY, WORKERS) for _ in range(20)]
     assert time.monotonic() - started_s < 3 * 0.005 + SLACK_S
