@@ -29,6 +29,7 @@ from disagg_policies.admission_snapshots import (
     AdmissionSnapshot,
     Admitted,
     Arrival,
+    QueuedWork,
     ServiceClass,
 )
 from disagg_policies.snapshots import DecodeModel, DecodeState, PrefillModel, WorkerState
@@ -105,7 +106,7 @@ class Fleet:
             CLASSES,
             DecodeState(running_decodes=len(self.batch), prefill=HERE, decode=DECODE),
             workers,
-            landing_requests=len(self.prefills),
+            landing=(QueuedWork(0, len(self.prefills), 0),),
             decode_lasts_s=OUTPUT_TOKENS * DECODE.seconds(max(1, len(self.batch)), 0),
             mean_prefill_s=PREFILL.seconds(MEAN_TOKENS, 0) / WORKERS,
             mean_decode_s=CLASSES[0].ttft_slo_s / BATCH,  # so that a full batch is where it begins to refuse

@@ -15,7 +15,7 @@ figures: TTFT 10 x for high and 20 x for low, TPOT 8 x for both.
     high_vs_low_ttft  median TTFT of the low ones served, over that of the high ones
     served_ratio      requests served per second, over the capacity
     refused_share     of all requests
-    high_missed       how many high ones were refused, and how many of the others missed which SLO
+    high_missed       how many high ones were refused, for which SLO, and how many of the others missed which
     false_refusals    every fifteenth of those refused is served all the same (``refused_probe``): the share of these
                       that met both SLOs
 """
@@ -27,6 +27,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Outcome:
     service_class: str
     prompt_tokens: int
     refused: bool = False
+    code: str = ""
     probe: bool = False
     ttft_s: float = 0.0
     tpot_s: float = 0.0
@@ -88,7 +90,7 @@ class Load:
         started_s = time.monotonic()
         async with self._session.post(self._url, json=body) as response:
             if response.status == 429:
-                return Outcome(service_class, tokens, refused=True)
+                return Outcome(service_class, tokens, refused=True, code=(await response.json())["error"]["code"])
             response.raise_for_status()
             arrivals = [time.monotonic() async for line in response.content if line.startswith(b"data: {")]
         tpot_s = (arrivals[-1] - arrivals[0]) / max(1, len(arrivals) - 1)
@@ -137,16 +139,22 @@ def figures(
         "low_attainment": round(statistics.mean(one.met(slo) for one in outcomes if one.service_class == "low"), 3),
         "high_missed": {
             "refused": sum(one.refused for one in high),
+            "refused_for": dict(Counter(one.code or "probe" for one in high if one.refused)),
             "ttft": sum(not one.refused and one.ttft_s > slo["high"][0] for one in high),
             "tpot": sum(not one.refused and one.tpot_s > slo["high"][1] for one in high),
         },
         "high_vs_low_ttft": round(p50("low") / p50("high"), 2) if p50("high") else None,
         "ttft_p50_s": {name: round(p50(name), 3) for name in PRIORITY},
+        "tpot_p99_s": round(quantile([one.tpot_s for one in served], 0.99), 4),
         "served_ratio": round((len(served) + len(probes)) / took_s / capacity, 3),
         "refused_share": round(1 - len(served) / len(outcomes), 3),
         "false_refusals": round(statistics.mean(probed), 3) if probed else None,
         "probes": len(probes),
     }
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
 def mark_probes(outcomes: list[Outcome], probes: Path) -> None:

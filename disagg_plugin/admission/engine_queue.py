@@ -31,6 +31,20 @@ class _Request:
     first_token_s: float | None = None
 
 
+class _Works:
+    """Sums of prompts by priority."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[int, int]] = {}
+
+    def add(self, priority: int, tokens: int) -> None:
+        requests, so_far = self._sums.get(priority, (0, 0))
+        self._sums[priority] = (requests + 1, so_far + tokens)
+
+    def sorted(self) -> tuple[QueuedWork, ...]:
+        return tuple(QueuedWork(priority, *self._sums[priority]) for priority in sorted(self._sums))
+
+
 class EngineQueue:
     """The requests of one scheduler process."""
 
@@ -112,20 +126,17 @@ class EngineQueue:
         Args:
             decode: Engine id, KV usage and models are taken from it; counts are replaced by those of here.
         """
-        by_priority: dict[int, tuple[int, int]] = {}
-        landing_requests = landing_tokens = running = context = 0
+        waiting, landing = _Works(), _Works()
+        running = context = 0
         for request in self._requests.values():
             if request.first_token_s is not None:
                 running += 1
                 context += request.prompt_tokens
             elif request.landing:
-                landing_requests += 1
-                landing_tokens += request.prompt_tokens
+                landing.add(request.priority, request.prompt_tokens)
             else:
-                requests, tokens = by_priority.get(request.priority, (0, 0))
-                left = request.prompt_tokens - request.computed_tokens
-                by_priority[request.priority] = (requests + 1, tokens + left)
-        queued = tuple(QueuedWork(priority, *by_priority[priority]) for priority in sorted(by_priority))
+                waiting.add(request.priority, request.prompt_tokens - request.computed_tokens)
+        queued = waiting.sorted()
         self._sequence += 1
         best = sorted(
             (worker for worker in workers if worker.healthy),
@@ -142,8 +153,7 @@ class EngineQueue:
             ),
             workers=tuple(best[:MAX_WORKERS]),
             queued=queued,
-            landing_requests=landing_requests,
-            landing_tokens=landing_tokens,
+            landing=landing.sorted(),
             reorders=reorders,
             decode_lasts_s=self._decode_lasts_s,
             drain_tokens_per_s=self._drain_tokens_per_s(),

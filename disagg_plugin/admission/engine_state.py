@@ -26,7 +26,7 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
         decode: Load, models and KV usage. Its queue counts are totals; admission uses ``queued``.
         workers: The healthy prefill workers with the shortest queues.
         queued: What waits for a local prefill, by engine priority; tokens are those still to be computed.
-        landing_requests, landing_tokens: Prompts being prefilled elsewhere for this engine.
+        landing: Prompts being prefilled elsewhere for this engine, by priority.
         reorders: The engine schedules by priority.
         decode_lasts_s: Fitted seconds from a request's first token to its last, or None: nothing has ended yet.
         drain_tokens_per_s: Prompt tokens that were computed per second while some were queued, or None.
@@ -40,8 +40,7 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
     decode: DecodeState = DecodeState()
     workers: tuple[WorkerState, ...] = ()
     queued: tuple[QueuedWork, ...] = ()
-    landing_requests: int = 0
-    landing_tokens: int = 0
+    landing: tuple[QueuedWork, ...] = ()
     reorders: bool = False
     decode_lasts_s: float | None = None
     drain_tokens_per_s: float | None = None

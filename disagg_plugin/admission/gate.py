@@ -374,8 +374,7 @@ class Gate:
             state.workers,
             state.queued,
             state.reorders,
-            state.landing_requests,
-            state.landing_tokens,
+            state.landing,
             decode_lasts_s,
             state.decode.prefill.seconds(int(self._mean_work_tokens), 0),
             decode_lasts_s / max(1.0, self._mean_running),
@@ -389,6 +388,7 @@ class Gate:
             offload_above_tokens=self._offload_above_tokens,
             decode_stall_s=state.decode_stall_s,
             arriving=self._arriving.rates(self._clock()),
+            mean_prompt_tokens=self._mean_work_tokens,
         )
 
     def _engine(self, now_s: float) -> EngineState | None:

@@ -200,8 +200,13 @@ def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_
     *TPOT*: a decode step of the batch at the moment when this prefill will end, and what prompts add to steps now.
     Each running decode lasts ``decode_lasts_s`` and they began evenly, so of ``running`` are left
     ``running * (1 - own / decode_lasts_s)``, where ``own`` are the seconds of this prefill alone, the shorter way. To
-    them come all requests ahead, those that land here, and this one. That more decodes end while this request waits for
-    others is left out on purpose: a longer queue must not make anybody admissible.
+    them come this one and those before it, here and elsewhere, that the class cannot overtake; but they come one after
+    another, so that at most so many of them decode at one time (Little's law)::
+
+        joining = min(requests before it, decode_lasts_s * prefills per second, here and at the workers)
+
+    That more of the *running* decodes end while this request waits for others is left out on purpose: a longer queue
+    must not make anybody admissible.
     """
     request, decode = snapshot.request, snapshot.decode
     ahead = work_ahead(snapshot, service_class)
@@ -235,12 +240,28 @@ def forecast(snapshot: AdmissionSnapshot, service_class: ServiceClass, *, chunk_
         wait_s = min(wait_s, waits_s)
 
     left = max(0.0, 1.0 - alone_s / snapshot.decode_lasts_s) if snapshot.decode_lasts_s > 0 else 0.0
-    batch = decode.running_decodes * left + ahead.requests + snapshot.landing_requests
-    context = decode.decode_context_tokens * left + ahead.tokens + snapshot.landing_tokens
+    joining, joining_tokens = _joining(snapshot, service_class, ahead, usable)
+    batch = decode.running_decodes * left + joining
+    context = decode.decode_context_tokens * left + joining_tokens
     tpot_s = model.base_s + model.per_request_s * (batch + 1) + snapshot.decode_stall_s
     tpot_s += model.per_context_token_s * (context + request.prompt_tokens)
     alone_tpot_s = model.seconds(1, request.prompt_tokens)
     return Forecast(local_s, remote_s, wait_s, tpot_s, alone_s, alone_tpot_s, goes_remote)
+
+
+def _joining(
+    snapshot: AdmissionSnapshot, service_class: ServiceClass, ahead: QueuedWork, usable: Sequence[WorkerState]
+) -> tuple[float, float]:
+    """(requests, tokens of their prompts) of those before it that decode when it does; see ``forecast``."""
+    landing = _ahead(snapshot.landing, service_class, snapshot.reorders)
+    requests, tokens = float(ahead.requests + landing.requests), float(ahead.tokens + landing.tokens)
+    if snapshot.mean_prefill_s <= 0:
+        return requests, tokens
+    per_token_s = snapshot.decode.prefill.per_token_s
+    engines = 1.0 + sum([per_token_s / worker.s_per_token for worker in usable])
+    most = engines * snapshot.decode_lasts_s / snapshot.mean_prefill_s
+    most_tokens = most * snapshot.mean_prompt_tokens if snapshot.mean_prompt_tokens else math.inf
+    return min(requests, most), min(tokens, most_tokens)
 
 
 def _stretch(

@@ -60,7 +60,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class QueuedWork:
-    """Prompts of one priority that wait for a local prefill; ``tokens`` are those still to be computed."""
+    """Prompts of one priority; ``tokens`` are those still to be computed where they wait for a local prefill."""
 
     priority: int
     requests: int
@@ -78,10 +78,11 @@ class AdmissionSnapshot:
         queued: Prompts that wait here for a local prefill.
         reserved: Work that was admitted and is still on its way to the scheduler: nobody knows yet where it will go.
         reorders: The engine schedules by priority; otherwise everything is ahead of everybody.
-        landing_requests, landing_tokens: Prompts being prefilled elsewhere, which will decode here.
+        landing: Prompts being prefilled elsewhere, which will decode here; whole prompts are counted.
         decode_lasts_s: Seconds that a decode takes from its first token to its last; fitted.
-        mean_prefill_s, mean_decode_s: Seconds of engine time that one request takes, a step's seconds shared among its
-            batch; only ``current_queue`` looks at them.
+        mean_prefill_s, mean_decode_s: Seconds of this engine's time that one request takes, a step's seconds shared
+            among its batch.
+        mean_prompt_tokens: Of those admitted lately; 0: none was.
         drain_tokens_per_s: Prompt tokens that the queue really loses per second, or None: as fast as the model says.
         kv_capacity_tokens: Size of the KV cache, or None: no limit known.
         max_running: Requests that the engine runs at once, or None.
@@ -101,8 +102,7 @@ class AdmissionSnapshot:
     workers: tuple[WorkerState, ...] = ()
     queued: tuple[QueuedWork, ...] = ()
     reorders: bool = True
-    landing_requests: int = 0
-    landing_tokens: int = 0
+    landing: tuple[QueuedWork, ...] = ()
     decode_lasts_s: float = 5.0
     mean_prefill_s: float = 0.1
     mean_decode_s: float = 0.1
@@ -117,6 +117,7 @@ class AdmissionSnapshot:
     offload_above_tokens: int | None = None
     decode_stall_s: float = 0.0
     arriving: tuple[tuple[int, float], ...] = ()
+    mean_prompt_tokens: float = 0.0
 
     def class_named(self, name: str) -> ServiceClass:
         """One of the classes.

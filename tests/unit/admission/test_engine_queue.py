@@ -43,7 +43,7 @@ def test_a_prompt_that_is_prefilled_elsewhere_waits_for_no_local_prefill() -> No
     queue.arrived("a", 1_000)
     queue.landing("a")
     seen = queue.state()
-    assert (seen.queued, seen.landing_requests, seen.landing_tokens) == ((), 1, 1_000)
+    assert (seen.queued, seen.landing) == ((), (QueuedWork(0, 1, 1_000),))
     queue.landing("a", False)
     assert queue.state().queued == (QueuedWork(0, 1, 1_000),)
 
@@ -133,7 +133,8 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def everybody_is_counted_once(self) -> None:
         seen = self.queue.state()
-        counted = seen.decode.queued_requests + seen.landing_requests + seen.decode.running_decodes
+        landing = sum(work.requests for work in seen.landing)
+        counted = seen.decode.queued_requests + landing + seen.decode.running_decodes
         assert counted == len(self.alive)
         assert all(0 <= work.tokens <= sum(self.alive.values()) for work in seen.queued)
         if not self.alive:

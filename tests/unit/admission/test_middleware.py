@@ -14,6 +14,7 @@ from unit.admission.gates import gate, report
 
 from disagg_plugin.admission.gate import Gate
 from disagg_plugin.admission.middleware import AdmissionMiddleware, current_ticket
+from disagg_policies.admission_snapshots import QueuedWork
 
 Message = MutableMapping[str, Any]
 SEEN: list[dict[str, Any]] = []
@@ -128,7 +129,7 @@ def test_what_is_refused_never_does() -> None:
 def test_a_refusal_for_tokens_speed_says_so() -> None:
     asked = gate(classes={"normal": {"ttft_slo_s": 500.0, "tpot_slo_s": 0.03}})
     asked.update(report(1, *((0, 1_000) for _ in range(300))))
-    asked.update(report(2, (0, 1), landing_requests=400))
+    asked.update(report(2, (0, 1), landing=(QueuedWork(0, 400, 0),)))
     _, _, body = ask(asked, IDS)
     assert "predicted 50 ms per token, SLO 30 ms" in body["error"]["message"]
 

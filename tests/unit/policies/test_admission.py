@@ -83,9 +83,21 @@ SITUATIONS = [
         id="half of the decodes will have ended by then",
     ),
     pytest.param(
-        snapshot(prompt_tokens=2_000, classes=(NORMAL,), decode=RUNNING, decode_lasts_s=4.0, landing_requests=20),
+        snapshot(
+            prompt_tokens=2_000, classes=(NORMAL,), decode=RUNNING, decode_lasts_s=4.0, landing=(QueuedWork(0, 20, 0),)
+        ),
         "tpot",
         id="and others will have come",
+    ),
+    pytest.param(
+        snapshot("high", classes=(HIGH, NORMAL), landing=(QueuedWork(-1, 60, 0),)),
+        "tpot",
+        id="so many of one's own class",
+    ),
+    pytest.param(
+        snapshot("high", classes=(HIGH, NORMAL), landing=(QueuedWork(0, 60, 0),)),
+        "fits",
+        id="those of lower classes come later",
     ),
     pytest.param(
         snapshot("low", kv_capacity_tokens=10_000, decode=replace(DECODE, kv_usage=0.99), decode_lasts_s=300.0),
@@ -245,8 +257,7 @@ def snapshots(draw: st.DrawFn) -> AdmissionSnapshot:
         tuple(draw(st.lists(workers(), max_size=3))),
         tuple(draw(st.lists(st.builds(QueuedWork, st.integers(-4, 4), counts, tokens), max_size=4))),
         reorders=draw(st.booleans()),
-        landing_requests=draw(counts),
-        landing_tokens=draw(tokens),
+        landing=tuple(draw(works)),
         decode_lasts_s=draw(seconds),
         mean_prefill_s=draw(st.floats(0.0, 1.0)),
         mean_decode_s=draw(st.floats(0.0, 1.0)),
@@ -258,6 +269,7 @@ def snapshots(draw: st.DrawFn) -> AdmissionSnapshot:
         offload_above_tokens=draw(st.none() | st.integers(0, 2_000)),
         decode_stall_s=draw(st.floats(0.0, 0.5)),
         arriving=draw(rates),
+        mean_prompt_tokens=draw(st.just(0.0) | st.floats(1.0, 1e5)),
     )
 
 
@@ -282,8 +294,7 @@ def loads(draw: st.DrawFn) -> tuple[AdmissionSnapshot, AdmissionSnapshot]:
             )
             for worker in less.workers
         ),
-        landing_requests=less.landing_requests + draw(counts),
-        landing_tokens=less.landing_tokens + draw(tokens),
+        landing=(*less.landing, *draw(works)),
         reserved=(*less.reserved, *draw(works)),
         decode_stall_s=less.decode_stall_s + draw(st.floats(0.0, 0.5)),
         arriving=(*less.arriving, *draw(rates)),
@@ -350,7 +361,7 @@ def test_idle_engines_admit_everybody(seen: AdmissionSnapshot) -> None:
     nothing = tuple(
         replace(worker, queued_prefill_tokens=0, in_flight_tokens=0, by_priority=()) for worker in seen.workers
     )
-    idle = replace(idle, workers=nothing, landing_requests=0, landing_tokens=0, kv_capacity_tokens=None)
+    idle = replace(idle, workers=nothing, landing=(), kv_capacity_tokens=None)
     idle = replace(idle, reserved=(), decode_stall_s=0.0)
     assert isinstance(projected(idle), Admitted)
     assert isinstance(current_queue(idle), Admitted)
