@@ -149,6 +149,7 @@ class Gate:
         if burst_tokens is not None and self.book.maps_keys:
             self._shares = {one.name: FairShare(burst_tokens) for one in self.book.classes}
         self._mean_work_tokens = 0.0
+        self._mean_prompt_tokens = 0.0
         self._mean_running = 1.0
 
     # -- what is reported --------------------------------------------------------------------------------------------
@@ -259,9 +260,8 @@ class Gate:
             ticket.refusal = Refusal(answer, ticket.service_class)
             return ticket.refusal
         work_tokens = 0 if ticket.remote_prefill_done else prompt_tokens - cached_tokens
-        self._mean_work_tokens += (
-            SMOOTHING * (work_tokens - self._mean_work_tokens) if self._mean_work_tokens else work_tokens
-        )
+        self._mean_work_tokens = _smoothed(self._mean_work_tokens, work_tokens)
+        self._mean_prompt_tokens = _smoothed(self._mean_prompt_tokens, prompt_tokens)
         ticket.ttft_s = answer.ttft_s
         ticket.reservation = self._ledger.reserve(ticket.service_class.priority, work_tokens, self._clock())
         self._ledger.sent(ticket.reservation, request_mark(request_id), work_tokens)
@@ -388,7 +388,7 @@ class Gate:
             offload_above_tokens=self._offload_above_tokens,
             decode_stall_s=state.decode_stall_s,
             arriving=self._arriving.rates(self._clock()),
-            mean_prompt_tokens=self._mean_work_tokens,
+            mean_prompt_tokens=self._mean_prompt_tokens,
         )
 
     def _engine(self, now_s: float) -> EngineState | None:
@@ -416,6 +416,11 @@ class Gate:
         if (tenant := ticket.standing.tenant) is not None and (share := self._share(ticket.standing)) is not None:
             share.charge(tenant, tokens - ticket.charged_tokens)
             ticket.charged_tokens = tokens
+
+
+def _smoothed(mean: float, value: int) -> float:
+    """The mean with one more value; the first one begins it."""
+    return mean + SMOOTHING * (value - mean) if mean else float(value)
 
 
 def _plain(work: Iterable[QueuedWork]) -> list[dict[str, int]]:

@@ -1,9 +1,10 @@
 """The gate knows what it let in before any engine does, and believes no engine longer than it should."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
-from unit.admission.gates import Clock, gate, report
+from unit.admission.gates import SECOND_PER_1000, Clock, gate, report
 
 from disagg_plugin.admission.body import BodyFacts
 from disagg_plugin.admission.classes import UnknownClass
@@ -11,6 +12,7 @@ from disagg_plugin.admission.engine_state import request_mark
 from disagg_plugin.admission.gate import Gate, Refusal, Ticket
 from disagg_plugin.qos_settings import key_digest
 from disagg_policies.admission_snapshots import QueuedWork
+from disagg_policies.snapshots import DecodeModel
 
 PATH = "/v1/completions"
 
@@ -215,3 +217,18 @@ def test_the_status_is_plain_and_complete() -> None:
         {"class": "low", "stage": "early", "outcome": "admitted", "reason": "fits", "count": 1}
     ]
     assert status["policy"]["chain"] == ["projected"]
+
+
+def test_what_lands_is_as_long_as_prompts_are_cached_or_not() -> None:
+    """Four at a time, of 10,000 tokens each: 40 ms on top of 10 and of this one's own."""
+    asked = gate(classes={"normal": {"ttft_slo_s": 500.0, "tpot_slo_s": 0.05}})
+    seen = ticket(enter(asked, 10_000))
+    assert asked.exact(seen, "a conversation", 10_000, 9_900) is None  # 0.1 s of prefill
+    asked.left(seen)
+    decode = replace(SECOND_PER_1000, decode=DecodeModel(0.01, 0.0, 1e-6))
+    asked.update(report(1, decode=decode, landing=(QueuedWork(0, 9, 90_000),), decode_lasts_s=0.4))
+    refused = enter(asked, 1_000)
+    assert isinstance(refused, Refusal)
+    assert refused.answer.reason == "tpot"
+    asked.update(report(2, decode=decode, landing=(QueuedWork(0, 9, 90_000),), decode_lasts_s=0.1))
+    assert isinstance(enter(asked, 1_000), Ticket), "one at a time"
