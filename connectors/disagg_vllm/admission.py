@@ -82,6 +82,7 @@ def gate() -> Gate | None:
     if _site is None:
         return None
     _site.sync()
+    _site.sync_soon()  # what the caller does to it, as draining, is told as well
     return _site.gate
 
 

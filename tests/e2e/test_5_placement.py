@@ -5,6 +5,7 @@ Ordered; five engine starts: the three, one of them again, and a decode engine w
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -134,15 +135,9 @@ def test_a_worker_under_a_flood_of_direct_requests_is_avoided(trio: Trio) -> Non
 def test_a_killed_worker_is_left_within_a_second_and_used_again_after_its_restart(trio: Trio) -> None:
     local = trio.engines["p1"].complete(prompt_of(700, seed=91), cache_salt="local")
     end_tree(trio.engines["p0"], signal.SIGKILL)
-    ages_s = [0.0]  # by the engine's own clock
-
-    def is_left(view: dict[str, Any]) -> bool:
-        seen = trio.seen("p0", view)
-        ages_s.append(seen["report_age_s"] if seen["healthy"] else 0.0)
-        return not seen["healthy"]
-
-    trio.decode.when(is_left, every_s=0.02)
-    assert max(ages_s) <= 1.0
+    killed_s = time.monotonic()
+    trio.decode.when(lambda v: not trio.seen("p0", v)["healthy"], every_s=0.02)
+    assert time.monotonic() - killed_s < 1.5, "a second, and what the snapshots take"
     before = len(trio.decode.snapshot()["decode"]["recent"])
     assert same_tokens(trio.decode.complete(prompt_of(700, seed=91), cache_salt="killed"), local)
     served = trio.served_by([prompt_of(700, seed=92 + i) for i in range(3)], at_the_same_time=True)
@@ -180,7 +175,7 @@ def test_an_own_policy_that_is_installed_decides_in_a_real_engine(trio: Trio, tm
     trio.lives["d"].close()
     plan = trio.plans["d"]
     assert plan.settings is not None
-    own = {**plan.settings, "policy": {"offload": ["when_busy", "latency"], "hook_timeout_ms": 1_000}}
+    own = {**plan.settings, "policy": {"offload": ["when_busy", "latency"]}}
     paths = [str(install_own_policy(tmp_path)), *filter(None, [os.environ.get("PYTHONPATH")])]
     trio.plans["d"] = replace(plan, name="d-own", settings=own, env={"PYTHONPATH": os.pathsep.join(paths)})
     trio.start("d")

@@ -115,6 +115,7 @@ def test_prompts_that_the_prefill_server_refuses_are_computed_here(pair: Fleet) 
             futures = [pool.submit(pair.decode.generate, prompt) for prompt in prompts]
             pair.prefill.when(lambda v: refused(v) - before >= 4)
             pair.decode.when(lambda v: held_back(v) == PREFILL_QUEUE)
+            assert refused(pair.prefill.snapshot()) - before == 4
         got = [future.result(timeout=120) for future in futures]
     totals = counted.totals()
     assert (totals["landed"], totals["fallbacks"]) == (PREFILL_QUEUE, 4)

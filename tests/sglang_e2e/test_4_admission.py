@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 from sglang_e2e.client import Engine, prompt_of
-from sglang_e2e.conftest import Fleet, connected, is_quiet
+from sglang_e2e.conftest import Fleet, connected, is_quiet, offload
 from sglang_e2e.test_2_faults import stopped
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -44,6 +44,7 @@ def busy_for_ever(engine: Engine) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def engine(fleet: Fleet, second_decode: Engine) -> Iterator[Engine]:
     """Its prefill server hangs: what it predicts is about itself."""
+    offload(second_decode, prompt_of(300, seed=59))  # with its warm-up the second, whichever tests ran before
     with stopped(fleet.prefill):
         second_decode.when(lambda view: not connected(view))
         for number, tokens in enumerate((500, 1_000, 2_000, 500, 1_000, 2_000)):  # what the model learns its speed from
@@ -131,7 +132,7 @@ def test_figures_of_both_processes_stand_on_sglangs_metrics(engine: Engine) -> N
     admission = engine.metrics("disagg_admission_total")  # counted in the API process
     assert sum(n for labels, n in admission.items() if labels[0] == "refused" and labels[2] == "low") == 2
     decisions = engine.metrics("disagg_decisions_total")  # in the scheduler process
-    assert decisions[("over_threshold",)] >= 1
+    assert decisions[("over_threshold",)] >= 2
     assert engine.metrics("disagg_chunks_total")[("received",)] > 0
     served = engine.metrics("disagg_ttft_seconds_count")  # joined: class from one, path from the other
     assert served[("local", "high")] == 1
@@ -149,6 +150,6 @@ def test_disagg_status_shows_an_sglang_server(engine: Engine) -> None:
     assert view["role"] == "decode"
     assert view["queues"]["running"] == 0
     assert "kv_cache_usage" in view["queues"]
-    assert view["decisions"]["over_threshold"] >= 1
+    assert view["decisions"]["over_threshold"] >= 2
     assert view["classes"]["low"]["outcomes"]["refused"] == 2
     assert [peer["up"] for peer in view["peers"]] == [False], "it hangs"

@@ -597,12 +597,9 @@ def test_an_idle_channel_costs_no_cpu(fleet: KeyRing):
     async def scenario() -> None:
         async with serving(fleet) as server, connecting(server.port, fleet) as client:
             await client.is_(ChannelState.UP)
-            used_s = []
-            for _ in range(4):  # other threads of this process may have something to do in some of them
-                began_s = time.process_time()
-                await asyncio.sleep(0.5)  # the thing under test is that nothing happens in it
-                used_s.append(time.process_time() - began_s)
-            assert min(used_s) < 0.01, used_s
+            began = time.process_time()
+            await asyncio.sleep(1.0)  # the thing under test is that nothing happens in it
+            assert time.process_time() - began < 0.02
 
     run(scenario())
 
