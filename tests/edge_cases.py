@@ -266,9 +266,13 @@ MOMENTS: tuple[EdgeCase, ...] = (
         "/pause of P",
         Outcome.REPAIRED,
         "mode=abort ends its requests, which the decode engine hears at once (`prefill_aborted`). mode=keep sends what "
-        "is computed and comes to rest; what is begun goes on after /resume, or is repaired after `stall_timeout_s`.",
+        "is computed and comes to rest; what is begun goes on after /resume, or is repaired after `stall_timeout_s`. "
+        "What comes while it is paused is handed back when it has made no step for 2 s (`prefill_paused`), and nothing "
+        "is offered to it until it goes on (`draining`).",
         (
             f"{_ENGINES}::test_a_paused_prefill_engine_hands_its_prompts_back",
+            f"{_ENGINES}::test_what_comes_to_a_paused_prefill_engine_is_not_kept_waiting",
+            "tests/unit/control/test_standstill.py::test_a_free_engine_that_leaves_a_prompt_in_its_queue_is_at_rest",
             "tests/unit/control/test_prefill_side.py::test_a_prompt_that_the_engine_is_to_compute_asks_for_no_steps",
         ),
     ),

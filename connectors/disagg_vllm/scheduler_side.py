@@ -466,7 +466,7 @@ class SchedulerSide:
                 if self._cache_map is not None:
                     self._service.prefill.cache_reset()
                 self._cache_map = cache_map
-            self._service.prefill.publish(self._load.load(), usage)
+            self._service.prefill.publish(self._load.load(), usage, self._step)
 
     def _capacity_tokens(self) -> int:
         return self._block_pool.num_gpu_blocks * self._block_size if self._block_pool is not None else 0

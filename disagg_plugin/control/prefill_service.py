@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from disagg_plugin.config import DisaggSettings
+from disagg_plugin.control.accepted_offers import AcceptedOffers
 from disagg_plugin.control.adapters import AdapterDigests
 from disagg_plugin.control.compatibility import Party, find_lane_mismatch, find_mismatch, party_of
 from disagg_plugin.control.events import (
@@ -42,12 +43,12 @@ from disagg_plugin.control.messages import (
 from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.report_pacer import Later
+from disagg_plugin.control.standstill import Standstill
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import AddPeer
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED_OFFERS = 8192
 TRANSFER_ID_BYTES = 16
 LONGEST_DEADLINE_S = 86_400.0
 CODECS = frozenset({"auto", "raw", "int8", "int8c"})
@@ -100,19 +101,21 @@ class PrefillService:
         self._peers: dict[str, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
         self._key_of = key_of
-        self._offered_by: dict[bytes, str] = {}  # transfer id -> engine, in order
-        self._awaited: dict[bytes, Awaited] = {}
+        self._offers = AcceptedOffers()
         self._holds: dict[bytes, Held] = {}  # what a router will send somebody for
         self._adapters = AdapterDigests()
         self._arrived: list[bytes] = []  # the scheduler's thread only
         self._events: deque[PrefillEvent] = deque()
         self._refuse_all = ""
-        self._leaves_for_good = False
+        self._leaves = self._leaves_for_good = False
+        self._steps = 0  # of the engine, as published
+        self._standstill = Standstill(settings.transfer.stall_timeout_s)
+        self._at_rest = False
         self.counters: Counter[str] = Counter()
         self._reports = LoadReports(
             welcome,
             self.counters,
-            awaited=lambda: list(self._awaited.values()),
+            awaited=lambda: self._offers.awaited,
             send=send,
             post=post,
             later=later,
@@ -122,11 +125,16 @@ class PrefillService:
 
     # -- scheduler's thread ------------------------------------------------------------------------------------
 
-    def publish(self, load: Load, kv_usage: float) -> None:
-        """The load that the next offers are judged by, with the prompts in it that have arrived meanwhile."""
+    def publish(self, load: Load, kv_usage: float, steps: int = 0) -> None:
+        """The load that the next offers are judged by, with the prompts in it that have arrived meanwhile.
+
+        Args:
+            steps: That the engine has begun so far; 0: not counted.
+        """
+        self._steps = steps
         self._reports.load = load  # first: what it counts is not awaited any more
         while self._arrived:
-            self._awaited.pop(self._arrived.pop(), None)
+            self._offers.arrived(self._arrived.pop())
         self._reports.publish(load, kv_usage)
 
     def holds(self, prompt: HeldPrompt) -> None:
@@ -138,10 +146,10 @@ class PrefillService:
         self._reports.cache_reset()
 
     def started(self, transfer_id: bytes, peer: str) -> None:
-        self._post(self._send_to, peer, Started(transfer_id))
+        self._post(self._tell, peer, Started(transfer_id))
 
     def cancel(self, transfer_id: bytes, peer: str, reason: str) -> None:
-        self._post(self._send_to, peer, Cancel(transfer_id, reason))
+        self._post(self._tell, peer, Cancel(transfer_id, reason))
 
     def all_sent(self, transfer_id: bytes, peer: str, *, wire_bytes: int, wire_s: float) -> None:
         self._post(self._send_to, peer, Sent(transfer_id, wire_bytes, wire_s))
@@ -188,7 +196,7 @@ class PrefillService:
     @property
     def leaving(self) -> bool:
         """Whether it takes no more prompts."""
-        return self._reports.draining
+        return self._leaves
 
     # -- I/O thread --------------------------------------------------------------------------------------------
 
@@ -207,8 +215,7 @@ class PrefillService:
             case Renew(transfer_ids) if peer is not None:
                 self._events.extend([TicketRenewed(one) for one in transfer_ids if self._is_its(one, peer)])
             case Cancel(transfer_id, reason) if self._is_its(transfer_id, peer):
-                self._awaited.pop(transfer_id, None)
-                self._offered_by.pop(transfer_id, None)
+                self._offers.cancelled(transfer_id)
                 self._events.append(TicketCancelled(transfer_id, reason))
             case Heartbeat(epoch):
                 # a peer that we dropped meanwhile, or never met in this epoch of ours, must say Hello again
@@ -222,21 +229,37 @@ class PrefillService:
 
     def _set_leaving(self, leaving: bool, for_good: bool = False) -> None:
         self._leaves_for_good = self._leaves_for_good or for_good
-        if leaving is self.leaving or (self._leaves_for_good and not leaving):
+        if leaving is self._leaves or (self._leaves_for_good and not leaving):
             return
-        self._reports.draining = leaving
+        self._leaves = leaving
         if leaving:
             logger.info("disagg: this prefill engine takes no more prompts; what it has begun it will end")
             self._events.append(Leaving())
         else:
             logger.info("disagg: this prefill engine takes prompts again")
+        self._say_whether_draining()
+
+    def _say_whether_draining(self) -> None:
+        self._reports.draining = self._leaves or self._at_rest
         self._reports.soon()
+
+    def _look_at_steps(self, now: float, away_s: float) -> None:
+        """An engine at rest is offered nothing, and hands back what it has not begun with."""
+        at_rest = self._standstill.look(now, steps=self._steps, load=self._reports.load, away_s=away_s)
+        if at_rest is not self._at_rest:
+            self._at_rest = at_rest
+            logger.warning("disagg: this prefill engine %s", "makes no steps: paused?" if at_rest else "goes on")
+            self._say_whether_draining()
+        if at_rest:
+            for transfer_id, engine in self._offers.unsettled:
+                self.counters["handed_back_at_rest"] += 1
+                self._tell(engine, Cancel(transfer_id, "prefill_paused"))
 
     def _is_its(self, transfer_id: bytes, peer: _Peer | None) -> bool:
         """Whether this engine has a say in the transfer: it offered it, or nobody has and it is held for a router."""
         if peer is None:
             return False
-        return self._offered_by.get(transfer_id) == peer.engine or transfer_id in self._holds
+        return self._offers.is_from(peer.engine, transfer_id) or transfer_id in self._holds
 
     def sweep(self) -> None:
         """Forget silent peers and prompts that never came; called every heartbeat interval."""
@@ -246,10 +269,9 @@ class PrefillService:
             peer.heard_s = excused(peer.heard_s, away_s, now)
             if now - peer.heard_s > self._settings.side_channel.peer_timeout_s:
                 self._leave(peer, "peer_silent")
-        for transfer_id, awaited in list(self._awaited.items()):
-            if now > awaited.until_s:
-                self._awaited.pop(transfer_id, None)
-                self._events.append(TicketCancelled(transfer_id, "prompt_never_came"))
+        for transfer_id in self._offers.overdue(now):
+            self._events.append(TicketCancelled(transfer_id, "prompt_never_came"))
+        self._look_at_steps(now, away_s)
 
     def close(self) -> None:
         """No more reports."""
@@ -260,8 +282,9 @@ class PrefillService:
         return {
             **self.counters,
             "peers": sorted(self._peers),
-            "awaited": len(self._awaited),
+            "awaited": len(self._offers.awaited),
             "draining": self.leaving,
+            "at_rest": self._at_rest,
             **self._reports.snapshot(),
         }
 
@@ -312,9 +335,7 @@ class PrefillService:
             self.counters[f"refused_{reason}"] += 1
             self._send(identity, Refused(offer.transfer_id, reason))
             return
-        self._offered_by[offer.transfer_id] = peer.engine
-        if len(self._offered_by) > REMEMBERED_OFFERS:
-            del self._offered_by[next(iter(self._offered_by))]
+        self._offers.remember(offer.transfer_id, peer.engine)
         # the ticket must stand before the prompt can arrive over HTTP
         self._events.append(
             TicketOffered(
@@ -337,7 +358,7 @@ class PrefillService:
         load = self._reports.load
         eta_s = load.eta_s + self._reports.awaited_tokens / load.prefill_tokens_per_s
         until_s = self._clock() + self._settings.transfer.start_timeout_s
-        self._awaited[offer.transfer_id] = Awaited(until_s, offer.prompt_tokens, offer.priority)
+        self._offers.accept(offer.transfer_id, peer.engine, Awaited(until_s, offer.prompt_tokens, offer.priority))
         self.counters["accepted"] += 1
         self._send(identity, Accepted(offer.transfer_id, eta_s))
         self._reports.soon()
@@ -347,7 +368,7 @@ class PrefillService:
             return "unknown_peer"
         if not _makes_sense(offer):
             return "malformed"
-        if offer.transfer_id in self._offered_by:
+        if offer.transfer_id in self._offers:
             return "offered_before"
         if offer.held:
             if (held := self._holds.get(offer.transfer_id)) is None:
@@ -359,9 +380,12 @@ class PrefillService:
             return self._refuse_all
         if self.leaving:
             return "draining"
+        if self._at_rest:
+            return "paused"
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
             return "prompt_too_long"
-        if self._reports.load.queued_requests + len(self._awaited) >= self._settings.split_policy.prefill_queue_max:
+        queued = self._reports.load.queued_requests + len(self._offers.awaited)
+        if queued >= self._settings.split_policy.prefill_queue_max:
             return "queue_full"
         return ""
 
@@ -379,8 +403,14 @@ class PrefillService:
         self._peers.pop(peer.engine, None)
         self._by_identity.pop(peer.identity, None)
         self._reports.forget(peer.identity)
+        self._offers.left(peer.engine)
         self.counters[reason] += 1
         self._events.append(PeerLeft(peer.engine, reason))
+
+    def _tell(self, engine: str, message: Started | Cancel) -> None:
+        """That an accepted transfer goes on, or is over."""
+        self._offers.settled(message.transfer_id)
+        self._send_to(engine, message)
 
     def _send_to(self, engine: str, message: AnyMessage) -> None:
         if (peer := self._peers.get(engine)) is not None:

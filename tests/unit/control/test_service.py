@@ -297,6 +297,33 @@ def test_a_full_queue_refuses_without_any_http(http: HttpPrefill) -> None:
         assert http.bodies == []
 
 
+def test_an_engine_that_makes_no_steps_hands_back_what_it_has_not_begun_with(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        assert pair.prefill.new_request("p-1", pair.offloading(), 1_000)
+        service = pair.p_service.prefill
+        assert service is not None
+        service.publish(Load(queued_requests=1), 0.0, steps=1)  # and no second step, as it is paused
+        eventually(lambda: pair.match() == PrefillLocally("prefill_paused"))
+        assert pair.decode.fallbacks == {"prefill_paused": 1}
+        assert pair.match(PromptView("r2", tuple(range(2_000, 3_000)))) == PrefillLocally("draining")
+        assert not service.leaving, "it is asked again when it goes on"
+        service.publish(Load(), 0.0, steps=2)
+        eventually(pair.met)
+        assert pair.match(PromptView("r3", tuple(range(3_000, 4_000)))) == NotYet()
+
+
+def test_what_an_engine_has_begun_with_it_keeps_when_it_makes_no_steps(http: HttpPrefill) -> None:
+    with running(Pair(http)) as pair:
+        assert pair.prefill.new_request("p-1", pair.offloading(), 1_000)
+        pair.prefill.scheduled("p-1", 100, range(7))
+        service = pair.p_service.prefill
+        assert service is not None
+        service.publish(Load(queued_requests=1), 0.0, steps=1)
+        eventually(lambda: bool(service.snapshot()["at_rest"]))
+        assert "handed_back_at_rest" not in service.snapshot()
+        assert pair.decode.fallbacks == {}
+
+
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
 def test_an_http_error_is_a_fallback_with_its_status(http: HttpPrefill, status: int) -> None:
     http.status = status
