@@ -22,6 +22,7 @@ from disagg_plugin.control.offload_call import transfer_id_of
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.router_flow import hand_over_params, handed_over, is_handed_over, wants_hold
 from disagg_plugin.control.service import ControlService, EngineFacts
+from disagg_plugin.control.standstill import Steps
 from disagg_plugin.control.step_times import PromptWork
 from disagg_plugin.errors import DisaggError
 from disagg_plugin.kv.commands import Command, RankEndpoint
@@ -72,7 +73,7 @@ class SchedulerSide:
         self._block_pool: BlockPool | None = None
         self._looks_up = False
         self._load = LoadTracker(by_priority=vllm_config.scheduler_config.policy == "priority")
-        self._step = 0
+        self._step = self._computing_steps = 0
         self._prompts: dict[str, HeldPrompt] = {}  # queued or being computed here
         self._cache_map: object = None  # vLLM's; a new one each time it empties its prefix cache
         self._service: ControlService | None = None
@@ -282,6 +283,7 @@ class SchedulerSide:
 
     def build_commands(self, output: "SchedulerOutput") -> StepCommands:
         self._step += 1
+        self._computing_steps += output.total_num_scheduled_tokens > 0
         commands: list[Command] = []
         for request in list(self._undecided.values()):
             self._decide_early(request)
@@ -466,7 +468,7 @@ class SchedulerSide:
                 if self._cache_map is not None:
                     self._service.prefill.cache_reset()
                 self._cache_map = cache_map
-            self._service.prefill.publish(self._load.load(), usage, self._step)
+            self._service.prefill.publish(self._load.load(), usage, Steps(self._step, self._computing_steps))
 
     def _capacity_tokens(self) -> int:
         return self._block_pool.num_gpu_blocks * self._block_size if self._block_pool is not None else 0

@@ -43,13 +43,14 @@ from disagg_plugin.control.messages import (
 from disagg_plugin.control.offload_call import prompt_digest
 from disagg_plugin.control.own_pauses import OwnPauses, excused
 from disagg_plugin.control.report_pacer import Later
-from disagg_plugin.control.standstill import Standstill
+from disagg_plugin.control.standstill import Standstill, Steps
 from disagg_plugin.errors import ConfigError
 from disagg_plugin.kv.commands import AddPeer
 
 logger = logging.getLogger(__name__)
 
 TRANSFER_ID_BYTES = 16
+NOT_COUNTED = Steps()
 LONGEST_DEADLINE_S = 86_400.0
 CODECS = frozenset({"auto", "raw", "int8", "int8c"})
 
@@ -108,9 +109,8 @@ class PrefillService:
         self._events: deque[PrefillEvent] = deque()
         self._refuse_all = ""
         self._leaves = self._leaves_for_good = False
-        self._steps = 0  # of the engine, as published
+        self._steps = NOT_COUNTED  # as published
         self._standstill = Standstill(settings.transfer.stall_timeout_s)
-        self._at_rest = False
         self.counters: Counter[str] = Counter()
         self._reports = LoadReports(
             welcome,
@@ -125,11 +125,11 @@ class PrefillService:
 
     # -- scheduler's thread ------------------------------------------------------------------------------------
 
-    def publish(self, load: Load, kv_usage: float, steps: int = 0) -> None:
+    def publish(self, load: Load, kv_usage: float, steps: Steps = NOT_COUNTED) -> None:
         """The load that the next offers are judged by, with the prompts in it that have arrived meanwhile.
 
         Args:
-            steps: That the engine has begun so far; 0: not counted.
+            steps: Of the engine, by which a paused one is known.
         """
         self._steps = steps
         self._reports.load = load  # first: what it counts is not awaited any more
@@ -240,14 +240,14 @@ class PrefillService:
         self._say_whether_draining()
 
     def _say_whether_draining(self) -> None:
-        self._reports.draining = self._leaves or self._at_rest
+        self._reports.draining = self._leaves or self._standstill.at_rest
         self._reports.soon()
 
     def _look_at_steps(self, now: float, away_s: float) -> None:
         """An engine at rest is offered nothing, and hands back what it has not begun with."""
+        before = self._standstill.at_rest
         at_rest = self._standstill.look(now, steps=self._steps, load=self._reports.load, away_s=away_s)
-        if at_rest is not self._at_rest:
-            self._at_rest = at_rest
+        if at_rest is not before:
             logger.warning("disagg: this prefill engine %s", "makes no steps: paused?" if at_rest else "goes on")
             self._say_whether_draining()
         if at_rest:
@@ -284,7 +284,7 @@ class PrefillService:
             "peers": sorted(self._peers),
             "awaited": len(self._offers.awaited),
             "draining": self.leaving,
-            "at_rest": self._at_rest,
+            "at_rest": self._standstill.at_rest,
             **self._reports.snapshot(),
         }
 
@@ -380,7 +380,7 @@ class PrefillService:
             return self._refuse_all
         if self.leaving:
             return "draining"
-        if self._at_rest:
+        if self._standstill.at_rest:
             return "paused"
         if offer.prompt_tokens > self._welcome.max_prompt_tokens:
             return "prompt_too_long"

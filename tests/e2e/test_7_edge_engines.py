@@ -253,26 +253,26 @@ def test_a_paused_prefill_engine_hands_its_prompts_back(pair: Unusual) -> None:
     assert_right(pair, prompts, answers)
 
 
-@pytest.mark.parametrize("mode", ["abort", "keep"])
-def test_what_comes_to_a_paused_prefill_engine_is_not_kept_waiting(pair: Unusual, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "seed"), [("abort", 110), ("keep", 120)])
+def test_what_comes_to_a_paused_prefill_engine_is_not_kept_waiting(pair: Unusual, mode: str, seed: int) -> None:
     """It says nothing and makes no step; before, a prompt waited for the start time-out, and each one after it."""
 
     def worker() -> dict[str, Any]:
         (seen,) = pair.decode.snapshot()["prefill_workers"]["workers"].values()
         return dict(seen)
 
-    prompts = [prompt_of(2_300, seed=110 + at) for at in range(2)]
+    first, second, third = (prompt_of(2_300, seed=seed + at) for at in range(3))
     handed_back = pair.decode.snapshot()["decode"]["fallbacks"].get("prefill_paused", 0)
     counted = Offloads(pair.decode)
     post(pair.prefill, f"/pause?mode={mode}")
-    answers = [pair.decode.complete(p, cache_salt=f"paused {mode}", max_tokens=4) for p in prompts]
+    answers = [pair.decode.complete(p, cache_salt="standing", max_tokens=4) for p in (first, second)]
     assert counted.totals()["offered"] == 1, "the second is not offered to it any more"
     assert pair.decode.snapshot()["decode"]["fallbacks"]["prefill_paused"] == handed_back + 1
     assert (worker()["state"], worker()["failures"]) == ("draining", 0)
     post(pair.prefill, "/resume")
-    assert_right(pair, prompts, answers)
+    assert_right(pair, [first, second], answers)
     pair.decode.when(lambda _: worker()["state"] == "healthy")
-    assert_offloaded_as_local(pair, pair.decode, prompt_of(900, seed=112))
+    assert_offloaded_as_local(pair, pair.decode, third)
 
 
 def test_a_prefill_engine_that_is_told_to_leave_hands_back_and_leaves(pair: Unusual) -> None:

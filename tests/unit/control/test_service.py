@@ -23,6 +23,7 @@ from disagg_plugin.control.load_reports import HeldPrompt
 from disagg_plugin.control.messages import ModelIdentity
 from disagg_plugin.control.prefill_side import PrefillSide
 from disagg_plugin.control.service import ControlService, EngineFacts, fetch_snapshot
+from disagg_plugin.control.standstill import Steps
 from disagg_plugin.kv.commands import AddPeer, OpenReceive, OpenSend, RankEndpoint
 from disagg_plugin.kv.geometry import KVGeometry
 from disagg_plugin.serving.prefix_hash import prefix_hashes
@@ -302,12 +303,12 @@ def test_an_engine_that_makes_no_steps_hands_back_what_it_has_not_begun_with(htt
         assert pair.prefill.new_request("p-1", pair.offloading(), 1_000)
         service = pair.p_service.prefill
         assert service is not None
-        service.publish(Load(queued_requests=1), 0.0, steps=1)  # and no second step, as it is paused
+        service.publish(Load(queued_requests=1), 0.0, steps=Steps(begun=1))  # and no second step, as it is paused
         eventually(lambda: pair.match() == PrefillLocally("prefill_paused"))
         assert pair.decode.fallbacks == {"prefill_paused": 1}
         assert pair.match(PromptView("r2", tuple(range(2_000, 3_000)))) == PrefillLocally("draining")
         assert not service.leaving, "it is asked again when it goes on"
-        service.publish(Load(), 0.0, steps=2)
+        service.publish(Load(), 0.0, steps=Steps(begun=2, computing=1))
         eventually(pair.met)
         assert pair.match(PromptView("r3", tuple(range(3_000, 4_000)))) == NotYet()
 
@@ -318,7 +319,7 @@ def test_what_an_engine_has_begun_with_it_keeps_when_it_makes_no_steps(http: Htt
         pair.prefill.scheduled("p-1", 100, range(7))
         service = pair.p_service.prefill
         assert service is not None
-        service.publish(Load(queued_requests=1), 0.0, steps=1)
+        service.publish(Load(queued_requests=1), 0.0, steps=Steps(begun=1))
         eventually(lambda: bool(service.snapshot()["at_rest"]))
         assert "handed_back_at_rest" not in service.snapshot()
         assert pair.decode.fallbacks == {}
