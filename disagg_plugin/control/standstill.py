@@ -13,7 +13,8 @@ from disagg_plugin.control.load import Load
 from disagg_plugin.control.own_pauses import excused
 
 NOTHING_RUNS_S = 2.0  # a free engine begins its next step within a millisecond
-TRY_AGAIN_S = 10.0  # a try costs the prompts that come with it NOTHING_RUNS_S
+TRY_AGAIN_S = 10.0  # once nothing waits; a try costs the prompts that come with it NOTHING_RUNS_S
+AT_MOST_S = 60.0  # whatever seems to wait: a wrong count must not end an engine's work
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Standstill:
         self._step_s = max(step_s, NOTHING_RUNS_S)
         self._steps = Steps()
         self._since_s: float | None = None  # since when prompts wait and no step was seen
-        self._waited_s = 0.0
+        self._rests_s = self._waited_s = 0.0
         self.at_rest = False
 
     def look(self, now_s: float, *, steps: Steps, load: Load, away_s: float = 0.0) -> bool:
@@ -49,7 +50,8 @@ class Standstill:
         if self.at_rest:
             if waits:
                 self._waited_s = now_s
-            if steps.computing != before.computing or now_s - self._waited_s > TRY_AGAIN_S:
+            computes = steps.computing != before.computing
+            if computes or now_s > min(self._waited_s + TRY_AGAIN_S, self._rests_s + AT_MOST_S):
                 self.at_rest, self._since_s = False, None
         elif not waits or not steps.begun or steps.begun != before.begun:
             self._since_s = None
@@ -57,5 +59,5 @@ class Standstill:
             self._since_s = now_s if self._since_s is None else excused(self._since_s, away_s, now_s)
             limit_s = self._step_s if load.running_requests else NOTHING_RUNS_S
             self.at_rest = now_s - self._since_s > limit_s
-            self._waited_s = now_s
+            self._rests_s = self._waited_s = now_s
         return self.at_rest
