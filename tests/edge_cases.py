@@ -268,7 +268,7 @@ MOMENTS: tuple[EdgeCase, ...] = (
         "mode=abort ends its requests, which the decode engine hears at once (`prefill_aborted`). mode=keep sends what "
         "is computed and comes to rest; what is begun goes on after /resume, or is repaired after `stall_timeout_s`. "
         "What comes while it is paused is handed back when it has made no step for 2 s (`prefill_paused`), and nothing "
-        "is offered to it until it goes on, or for 10 s if nothing waits there (`draining`).",
+        "is offered to it until it computes (`draining`). It is tried again 10 s after nothing waits, or after 60 s.",
         (
             f"{_ENGINES}::test_a_paused_prefill_engine_hands_its_prompts_back",
             f"{_ENGINES}::test_what_comes_to_a_paused_prefill_engine_is_not_kept_waiting",

@@ -38,20 +38,22 @@ def main() -> int:
     asked = parser.parse_args()
     if not 0 < asked.share <= 0.9:
         parser.error(f"--share {asked.share} is not above 0 and at most 0.9: the machine would not answer any more")
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except PermissionError:
+        parser.error("no CPU time can be taken: SCHED_FIFO needs root")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
     thieves = [
         Process(target=steal, args=(core, asked.share), daemon=True, name=f"steal-{core}")
         for core in sorted(os.sched_getaffinity(0))
     ]
     for thief in thieves:
         thief.start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
     try:
-        return subprocess.run(
-            asked.command, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-        ).returncode
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - what is ignored is inherited
+        return subprocess.run(asked.command, check=False, preexec_fn=heard).returncode
     finally:
-        if any(not thief.is_alive() for thief in thieves):
-            print("steal_cpu: no CPU time was taken, at least in part: SCHED_FIFO needs root", file=sys.stderr)
         for thief in thieves:
             thief.terminate()
 

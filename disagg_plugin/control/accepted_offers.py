@@ -3,7 +3,7 @@
     accept() ──arrived()──▶ in the engine's own queue ──settled()──▶ begun with, or over
         └── overdue() ──▶ the prompt never came
 
-All calls from the I/O thread, but ``arrived``: from the scheduler's. Each is one dictionary operation.
+``arrived`` is called by the scheduler's thread too, all else by the I/O thread alone.
 """
 
 from disagg_plugin.control.load_reports import Awaited

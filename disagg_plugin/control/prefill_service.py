@@ -248,7 +248,8 @@ class PrefillService:
         before = self._standstill.at_rest
         at_rest = self._standstill.look(now, steps=self._steps, load=self._reports.load, away_s=away_s)
         if at_rest is not before:
-            logger.warning("disagg: this prefill engine %s", "makes no steps: paused?" if at_rest else "goes on")
+            news = "makes no steps: paused?" if at_rest else "takes prompts again"
+            logger.warning("disagg: this prefill engine %s", news)
             self._say_whether_draining()
         if at_rest:
             for transfer_id, engine in self._offers.unsettled:

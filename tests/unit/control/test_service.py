@@ -320,8 +320,10 @@ def test_what_an_engine_has_begun_with_it_keeps_when_it_makes_no_steps(http: Htt
         service = pair.p_service.prefill
         assert service is not None
         service.publish(Load(queued_requests=1), 0.0, steps=Steps(begun=1))
-        eventually(lambda: bool(service.snapshot()["at_rest"]))
-        assert "handed_back_at_rest" not in service.snapshot()
+        eventually(lambda: not pair.met())  # D has heard that it is at rest
+        service.publish(Load(), 0.0, steps=Steps(begun=2, computing=1))
+        eventually(pair.met)  # and, after whatever else it said meanwhile, that it goes on
+        assert pair.match() == Claim(999)
         assert pair.decode.fallbacks == {}
 
 
