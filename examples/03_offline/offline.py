@@ -1,6 +1,6 @@
 """Offline inference with `LLM(...)`: the decode role without a server, prefilling on a running prefill engine.
 
-python examples/03_offline/offline.py MODEL disagg.yaml
+python examples/03_offline/offline.py MODEL disagg.yaml [DTYPE]
 """
 
 import sys
@@ -10,10 +10,11 @@ from vllm import LLM, SamplingParams
 import disagg_vllm
 
 
-def main(model: str, config_file: str) -> None:
+def main(model: str, config_file: str, dtype: str = "auto") -> None:
     disagg_vllm.register()  # LLM(...) reads the dict below before it loads plugins; this fills in disagg's defaults
     llm = LLM(
         model=model,
+        dtype=dtype,
         enforce_eager=True,
         kv_transfer_config={
             "kv_connector": "disagg",

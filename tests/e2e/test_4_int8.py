@@ -19,7 +19,7 @@ import yaml
 from e2e.client import Engine, at_once
 from e2e.conftest import Plan, settings, settle
 from e2e.offloads import Offloads
-from e2e.predictions import TOP, TOPICS, Compared, assert_predicts_the_same, compare, ids_of, text_of, top_logprobs
+from e2e.predictions import TOP, TOPICS, Compared, assert_predicts_the_same, compare, ids_of, texts_of, top_logprobs
 from e2e.running import end_running_fleet
 from engines import free_port, vllm_env
 from models import smollm2
@@ -54,9 +54,8 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine
         yield prefill, decode
 
 
-def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[Compared]:
+def one_text(prefill: Engine, decode: Engine, ids: list[int], number: int) -> list[Compared]:
     """A context that is offloaded once, and what both engines expect behind it."""
-    ids = text_of(prefill, topic, CONTEXT_TOKENS + POSITIONS, seed=number)
     counted = Offloads(decode)
     compared = compare(
         ids,
@@ -75,7 +74,8 @@ def one_text(prefill: Engine, decode: Engine, topic: str, number: int) -> list[C
 
 def test_int8_kv_predicts_what_local_kv_predicts(real_pair: tuple[Engine, Engine], record_property: Any) -> None:
     prefill, decode = real_pair
-    compared = [c for number, topic in enumerate(TOPICS) for c in one_text(prefill, decode, topic, number)]
+    texts = texts_of(prefill, CONTEXT_TOKENS + POSITIONS)
+    compared = [c for number, ids in enumerate(texts) for c in one_text(prefill, decode, ids, number)]
     mean_kl, agreement = assert_predicts_the_same(compared)
     record_property("mean_kl", mean_kl)
     record_property("top1_agreement", agreement)
@@ -94,7 +94,7 @@ def test_the_offline_example_prefills_on_the_running_prefill_engine(
     config.write_text(yaml.safe_dump({**offline, "policy": {"offload": "threshold"}}))
     script = Path(__file__).parents[2] / "examples" / "03_offline" / "offline.py"
     done = subprocess.run(
-        [sys.executable, str(script), prefill.model, str(config)],
+        [sys.executable, str(script), prefill.model, str(config), "float32"],
         env={**os.environ, **vllm_env(core=1)},
         capture_output=True,
         text=True,

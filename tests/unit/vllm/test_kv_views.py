@@ -146,7 +146,7 @@ def test_tokens_without_blocks_are_refused(start, end):
 
 @pytest.mark.parametrize(("dtype", "tokens", "head_dim"), [
     (torch.float32, 32, 64), (torch.float32, 128, 64), (torch.float32, 16, 80),
-    (torch.float16, 32, 128), (torch.bfloat16, 64, 96),
+    (torch.float16, 32, 128), (torch.bfloat16, 16, 96),
 ])  # fmt: skip
 def test_the_cpu_backend_reads_and_writes_the_same_kv(dtype, tokens, head_dim):
     from vllm import _custom_ops as ops
@@ -232,14 +232,25 @@ def test_layers_stand_in_the_models_order_and_heads_are_global():
     assert torch.equal(split_cpu_cache(caches["model.layers.10.self_attn.attn"])[1][1, :, :3], kv)
 
 
+def test_a_bfloat16_cache_is_moved_unless_the_cpu_has_amx_which_lays_it_out_for_itself():
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    config, kv_cache_config, caches = engine(torch.bfloat16)
+    if _get_attn_isa(torch.bfloat16, 32, 64) == "amx":
+        with pytest.raises(UnsupportedCache, match=r"\(amx\) keeps torch.bfloat16 KV in an unknown layout"):
+            build_view(config, kv_cache_config, caches, rank=0, tp_size=1)
+    else:
+        assert build_view(config, kv_cache_config, caches, rank=0, tp_size=1).geometry.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(("cache_dtype", "name"), [("fp8_e4m3", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")])
 def test_fp8_caches_are_moved_as_bytes(cache_dtype, name):
-    config, kv_cache_config, caches = engine(torch.bfloat16, cache_dtype=cache_dtype)
+    config, kv_cache_config, caches = engine(torch.float32, cache_dtype=cache_dtype)
     caches = {layer: torch.zeros(cache.shape, dtype=torch.uint8) for layer, cache in caches.items()}
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     try:
-        _get_attn_isa(torch.bfloat16, 32, 64, cache_dtype)
+        _get_attn_isa(torch.float32, 32, 64, cache_dtype)
     except NotImplementedError:  # an older CPU: vLLM itself has no FP8 cache there
         with pytest.raises(UnsupportedCache):
             build_view(config, kv_cache_config, caches, 0, 1)
