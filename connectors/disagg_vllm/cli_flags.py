@@ -21,7 +21,6 @@ makes a ``KVTransferConfig`` of a dict before it loads plugins. A dict without `
 
 import argparse
 import functools
-import inspect
 import json
 import re
 import socket
@@ -138,24 +137,6 @@ def check_startup(settings: "DisaggSettings", ranks: Sequence[int] = (0,)) -> No
             ) from None
 
 
-def find_unexpected(engine_args: Any, transfer_config: Any, factory: Any) -> str | None:
-    """What of the hooks that ``register`` uses is not as in the tested vLLM, or None."""
-    found = inspect.getattr_static(engine_args, "add_cli_args", None)
-    if not isinstance(found, staticmethod) or _parameters(found.__func__) != ["parser"]:
-        return "EngineArgs.add_cli_args is not a static method of (parser)"
-    if _parameters(getattr(factory, "register_connector", None)) != ["name", "module_path", "class_name"]:
-        return "KVConnectorFactory.register_connector does not take (name, module_path, class_name)"
-    if not isinstance(getattr(factory, "_registry", None), dict):
-        return "KVConnectorFactory._registry is not a dict"
-    fields = getattr(transfer_config, "__dataclass_fields__", {})
-    needed = {"kv_connector", "kv_role", "kv_load_failure_policy", _EXTRA}
-    if missing := sorted(needed - set(fields)):
-        return f"KVTransferConfig lacks {', '.join(missing)}"
-    if not callable(getattr(transfer_config, "__post_init__", None)):
-        return "KVTransferConfig has no __post_init__"
-    return None
-
-
 def asks_for_disagg(args: Sequence[str]) -> bool:
     """Whether a command line names our connector or has one of our flags."""
     return any(
@@ -246,10 +227,6 @@ def settle_failure_policy(transfer_config: Any) -> str | None:
         "kv_load_failure_policy set to 'recompute': this config was made before plugins were loaded, where 'fail' is "
         "also what is left unsaid; call disagg_vllm.register() before LLM(...) to choose 'fail'"
     )
-
-
-def _parameters(function: Any) -> list[str] | None:
-    return list(inspect.signature(function).parameters) if callable(function) else None
 
 
 def _scan(args: list[str], ours: Mapping[str, _Flag]) -> tuple[dict[str, str], list[tuple[int, int]]]:

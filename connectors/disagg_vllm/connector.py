@@ -26,7 +26,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from disagg_vllm.cli_flags import settle_failure_policy
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource  # since 0.32
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -106,7 +106,9 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         self.scheduler.allocated(request, blocks, num_external_tokens)
 
-    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[CacheHitSource, int]:
+    def get_external_cache_hit_sources(
+        self, request: "Request", num_external_tokens: int
+    ) -> "dict[CacheHitSource, int]":
         return self.scheduler.hit_sources(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
@@ -191,7 +193,7 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
         self.worker.end_step(any_commands(self._connector_metadata))
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return self.worker.completions()
+        return self.worker.completions(any_commands(self._connector_metadata))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.take_invalid_block_ids()

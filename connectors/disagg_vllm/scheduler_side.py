@@ -7,8 +7,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
-
 from disagg_plugin.admission.engine_queue import EngineQueue
 from disagg_plugin.admission.engine_state import to_plain
 from disagg_plugin.config import DisaggSettings, not_active_yet
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource  # since 0.32
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -274,8 +273,10 @@ class SchedulerSide:
             (block_ids,) = blocks.get_block_ids()
             self._decode.allocated(request.request_id, tuple(block_ids), wire_tokens)
 
-    def hit_sources(self, request: "Request", external_tokens: int) -> dict[CacheHitSource, int]:
-        """Where an allocated request's external tokens come from, as vLLM counts them."""
+    def hit_sources(self, request: "Request", external_tokens: int) -> "dict[CacheHitSource, int]":
+        """Where an allocated request's external tokens come from, as vLLM counts them since 0.32."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
         loads = self.tier.hit_tokens(request.request_id) if self.tier is not None else 0
         stored_tokens = min(loads, external_tokens)
         split = {CacheHitSource.HOST: stored_tokens, CacheHitSource.P2P: external_tokens - stored_tokens}

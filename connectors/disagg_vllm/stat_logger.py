@@ -1,6 +1,7 @@
 """vLLM's stat-logger plugin (entry point ``vllm.stat_logger_plugins``): requests as the API server sees them end.
 
-vLLM loads it wherever the package is installed; without the connector in the engine's config it does nothing.
+vLLM loads it wherever the package is installed, also where ``surface`` does not fit: without the connector in the
+engine's config it does nothing, and imports nothing more of vLLM.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
-from disagg_vllm.stats import external_ids, find_ours, make_frontend, names_disagg
+from disagg_vllm.settings import names_disagg
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,8 +24,12 @@ class DisaggStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped
     """Of one engine (DP rank), in each API server."""
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
-        self._frontend: Frontend | None = make_frontend(vllm_config) if names_disagg(vllm_config) else None
-        self._randomized = not _ids_stay()
+        self._frontend: Frontend | None = None
+        if names_disagg(vllm_config):
+            from disagg_vllm import stats
+
+            self._stats, self._frontend = stats, stats.make_frontend(vllm_config)
+            self._randomized = not _ids_stay()
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the connector has said it."""
@@ -41,9 +46,9 @@ class DisaggStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped
         if (frontend := self._frontend) is None:
             return
         if scheduler_stats is not None:
-            for ours in find_ours(getattr(scheduler_stats, "kv_connector_stats", None)):
+            for ours in self._stats.find_ours(getattr(scheduler_stats, "kv_connector_stats", None)):
                 for request_id, (path, estimated_s) in Deltas(ours).notes():
-                    for name in external_ids(request_id, randomized=self._randomized):
+                    for name in self._stats.external_ids(request_id, randomized=self._randomized):
                         frontend.note(name, path, estimated_s)
         if iteration_stats is not None:
             for finished in iteration_stats.finished_requests:

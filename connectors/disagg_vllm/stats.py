@@ -129,17 +129,6 @@ def _observability(vllm_config: "VllmConfig") -> ObservabilitySettings:
         return ObservabilitySettings()
 
 
-def names_disagg(vllm_config: Any) -> bool:
-    """Whether this engine uses the connector, alone or as a child of a MultiConnector."""
-    transfer = getattr(vllm_config, "kv_transfer_config", None)
-    if transfer is None:
-        return False
-    extra = getattr(transfer, "kv_connector_extra_config", None) or {}
-    children = extra.get("connectors", ()) if isinstance(extra, Mapping) else ()
-    names = [getattr(transfer, "kv_connector", None), *(child.get("kv_connector") for child in children)]
-    return any(name in CONNECTOR_NAMES for name in names)
-
-
 def find_ours(stats: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Our part of an engine's connector statistics: all of it, or a MultiConnector's part of our class name."""
     if not stats:

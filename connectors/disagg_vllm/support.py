@@ -34,7 +34,6 @@ class EngineFacts:
     speculative_method: str = ""
     encoder_decoder: bool = False
     generates: bool = True
-    dynamic_kv_scales: bool = False
     partial_prefill_layers: bool = False
     sleeps: bool = False
     weights_change: bool = False
@@ -56,7 +55,6 @@ def unsupported_reason(facts: EngineFacts) -> str | None:
             f"values have {facts.value_head_dim} dimensions, not {facts.head_dim}",
         ),
         (bool(facts.packed), f"the KV cache is packed ({facts.packed})"),
-        (facts.dynamic_kv_scales, "the scales of its FP8 KV cache are computed at run time"),
         (facts.partial_prefill_layers, "kv_sharing_fast_prefill leaves layers of a prompt out"),
         (facts.sleeps, "sleep mode is enabled: it takes the KV cache away under open transfers"),
         (facts.weights_change, "weight_transfer_config is set: weights that change in place are no model's KV"),
@@ -95,7 +93,6 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
         speculative_method=str(getattr(speculative, "method", None) or "unnamed") if speculative else "",
         encoder_decoder=bool(getattr(model, "is_encoder_decoder", False)),
         generates=getattr(model, "runner_type", "generate") == "generate",
-        dynamic_kv_scales=bool(getattr(cache, "calculate_kv_scales", False)),
         partial_prefill_layers=bool(getattr(cache, "kv_sharing_fast_prefill", False)),
         sleeps=bool(getattr(model, "enable_sleep_mode", False)),
         weights_change=getattr(vllm_config, "weight_transfer_config", None) is not None,

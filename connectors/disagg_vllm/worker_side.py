@@ -64,6 +64,7 @@ class WorkerSide:
         self._rank: int = vllm_config.parallel_config.rank
         self._invalid_block_ids: set[int] = set()
         self._said_all = False
+        self._step_ended = True
         self.hook_failures = 0
 
     def register(self, kv_caches: "dict[str, torch.Tensor]") -> None:
@@ -112,6 +113,7 @@ class WorkerSide:
 
     @_guarded(None)
     def begin_step(self, commands: StepCommands, forward_context: "ForwardContext | None" = None) -> None:
+        self._step_ended = False
         if self._plane is not None:
             self._plane.apply(commands.commands)
             self._said_all = self._said_all and not commands.commands  # what they change is not in the last report
@@ -121,14 +123,19 @@ class WorkerSide:
     @_guarded(None)
     def end_step(self, commands: StepCommands) -> None:
         """After the forward was launched: export what it computed, scatter what has landed."""
+        self._step_ended = True
         if self._plane is not None:
             self._plane.after_forward(computed=commands.computes)
         if self.tier is not None:
             self.tier.start_saves()
 
     @_guarded((None, None))
-    def completions(self) -> tuple[set[str] | None, set[str] | None]:
+    def completions(self, commands: StepCommands) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's form: (requests whose blocks we release, requests whose load ended)."""
+        if (
+            not self._step_ended and not commands.computes
+        ):  # vLLM 0.30 calls no wait_for_save in a step without a forward
+            self.end_step(commands)
         done = self._plane.take_completions() if self._plane is not None else Completions()
         if self.tier is not None:
             done = self.tier.completions(done)

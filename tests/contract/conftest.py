@@ -11,17 +11,17 @@ from contract.rig import Contract, DecodeRig, FakePort, introduce
 
 from disagg_plugin.testing import MemoryNetwork
 
-CONNECTORS = [name for name in ("vllm", "sglang") if find_spec(name)]
+CONNECTORS = [name for name in ("vllm", "vllm 0.30", "sglang") if find_spec(name.partition(" ")[0])]
 
 
 def rig_of(name: str, network: MemoryNetwork, port: FakePort, monkeypatch: pytest.MonkeyPatch) -> DecodeRig:
     """The rig of one connector; engines warn of much while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "vllm":
+        if name.startswith("vllm"):
             from contract.vllm_rig import VllmRig
 
-            return VllmRig(network, port, monkeypatch)
+            return VllmRig(network, port, monkeypatch, ends_empty_steps=name != "vllm 0.30")
         standins = str(Path(__file__).parents[1] / "sglang_standins")
         if standins not in sys.path:
             sys.path.append(standins)

@@ -12,9 +12,16 @@ from disagg_vllm.metadata import RankHandshake
 
 
 class VllmRig:
-    """See ``contract.rig.DecodeRig``."""
+    """See ``contract.rig.DecodeRig``.
 
-    def __init__(self, network: MemoryNetwork, port: FakePort, monkeypatch: Any) -> None:
+    Args:
+        ends_empty_steps: vLLM 0.30 calls no ``wait_for_save`` in a step that computes nothing.
+    """
+
+    def __init__(
+        self, network: MemoryNetwork, port: FakePort, monkeypatch: Any, *, ends_empty_steps: bool = True
+    ) -> None:
+        self._ends_empty_steps = ends_empty_steps
         self.cache = DenseView(GEOMETRY, blocks=PAGES, block_size=PAGE)
         self.plane = new_plane(network, "d", self.cache)
         service = SimpleNamespace(decode=port, prefill=None, engine="d", port=1, start=lambda: None)
@@ -99,7 +106,9 @@ class VllmRig:
         commands = self.scheduler.build_commands(empty)
         self.worker.begin_step(commands)
         self.worker.end_step(commands)
-        _, received = self.worker.completions()
+        if self._ends_empty_steps:
+            self.worker.end_step(commands)
+        _, received = self.worker.completions(commands)
         invalid = self.worker.take_invalid_block_ids()
         output: Any = SimpleNamespace(
             kv_connector_worker_meta=self.worker.report(commands.number),

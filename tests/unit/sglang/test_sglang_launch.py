@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, Any] = {
         pytest.param(["--disaggregation-transfer-backend", "nixl"], False, id="another backend"),
         pytest.param(["--model-path", "disagg"], False, id="another flag"),
         pytest.param(["--disaggregation-transfer-backend"], False, id="cut short"),
+        pytest.param([], False, id="nothing"),
     ],
 )
 def test_whether_a_command_line_is_ours(argv: list[str], asks: bool) -> None:

@@ -20,8 +20,9 @@ with warnings.catch_warnings():
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     from disagg_vllm import stats
+    from disagg_vllm.settings import names_disagg
     from disagg_vllm.stat_logger import DisaggStatLogger
-    from disagg_vllm.stats import DisaggPromMetrics, DisaggStats, build_stats, external_ids, find_ours, names_disagg
+    from disagg_vllm.stats import DisaggPromMetrics, DisaggStats, build_stats, external_ids, find_ours
 
 TYPES = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
 FALLBACKS = series_key("disagg_fallbacks_total", "peer_lost")

@@ -41,7 +41,6 @@ def test_full_attention_on_one_pipeline_stage_is_supported():
         pytest.param({"bidirectional": True}, "both directions", id="bidirectional"),
         pytest.param({"value_head_dim": 64}, "64 dimensions", id="narrow values"),
         pytest.param({"packed": "int8_per_token_head"}, "int8_per_token_head", id="packed"),
-        pytest.param({"dynamic_kv_scales": True}, "scales", id="scales at run time"),
         pytest.param({"partial_prefill_layers": True}, "kv_sharing_fast_prefill", id="fast prefill"),
         pytest.param({"pipeline_parallel": 2}, "pipeline parallelism is 2", id="pipeline"),
         pytest.param({"context_parallel": 4}, "context parallelism is 4", id="context"),
