@@ -13,12 +13,16 @@ from engines import TIMINGS, Timing
 
 SHOWN_S = 1.0
 
+pytest_plugins = ["second_try"]
+
 # each engine family has its own environment (see the Makefile); cross_engine needs both, and is told where the other is
 _NEEDS = {
     "e2e": find_spec("vllm"),
     "unit/vllm": find_spec("vllm"),
     "contract/test_sglang_fill.py": find_spec("sglang"),
+    "contract/test_sglang_surface.py": find_spec("sglang"),
     "sglang_e2e": find_spec("sglang"),
+    "main_paths": find_spec("vllm") or find_spec("sglang"),
     "cross_engine": find_spec("vllm") and os.environ.get("DISAGG_SGLANG_PYTHON"),
 }
 collect_ignore = [folder for folder, there in _NEEDS.items() if not there]

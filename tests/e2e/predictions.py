@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from e2e.client import Engine, at_once
 
 TOP = 200
+AT_ONCE = 5
 TOPICS = (
     "The lighthouse keeper wrote in his diary every evening, even in winter when",
     "A compiler translates a program in several passes. First it",
@@ -31,8 +32,12 @@ def ids_of(engine: Engine, text: str) -> list[int]:
     return ids
 
 
-def text_of(engine: Engine, topic: str, tokens: int, seed: int) -> list[int]:
-    """A text that the model itself goes on with."""
+def texts_of(engine: Engine, tokens: int) -> list[list[int]]:
+    """One text a topic that the model itself goes on with; all at once, as they cost it hardly more than one."""
+    return at_once([lambda t=topic, n=number: _text_of(engine, t, tokens, n) for number, topic in enumerate(TOPICS)])
+
+
+def _text_of(engine: Engine, topic: str, tokens: int, seed: int) -> list[int]:
     seed_ids = ids_of(engine, topic)
     body = {"model": engine.model, "prompt": seed_ids, "max_tokens": tokens, "temperature": 0.8, "seed": seed}
     body |= {"ignore_eos": True, "return_token_ids": True, "cache_salt": f"make-{seed}"}
@@ -69,10 +74,18 @@ def compare(
     local: Callable[[list[int]], dict[str, float]],
     other: Callable[[list[int]], dict[str, float]],
 ) -> list[Compared]:
-    """Both asked for what follows each prefix of ``ids`` that is longer than the context."""
-    found = []
-    for end in range(context_tokens + 1, len(ids) + 1):
-        ours, theirs = at_once([lambda n=end: local(ids[:n]), lambda n=end: other(ids[:n])])
+    """Both asked for what follows each prefix of ``ids`` that is longer than the context.
+
+    The first one alone: it brings the context into the engines' caches. The others a few at a time.
+    """
+    first, found = context_tokens + 1, []
+    windows = [range(first, first + 1)]
+    windows += [range(at, min(at + AT_ONCE, len(ids) + 1)) for at in range(first + 1, len(ids) + 1, AT_ONCE)]
+    answers = []
+    for window in windows:
+        both = [[lambda n=end: local(ids[:n]), lambda n=end: other(ids[:n])] for end in window]
+        answers += at_once([call for pair in both for call in pair])
+    for ours, theirs in zip(answers[::2], answers[1::2], strict=True):
         named = sum(math.exp(ours[t]) for t in ours.keys() & theirs.keys())
         same = max(ours, key=ours.__getitem__) == max(theirs, key=theirs.__getitem__)
         found.append(Compared(kl_divergence(ours, theirs), same, 1 - named))

@@ -138,5 +138,7 @@ def test_nothing_stays_reserved(engine: Engine) -> None:
 
 
 def test_what_was_decided_is_counted(engine: Engine) -> None:
+    for priority in ("low", "high"):
+        assert ask(engine, fresh(500), priority=priority).status_code == 200
     outcomes = {(one["slo_class"], one["outcome"]) for one in status(engine)["admission"]}
     assert {("low", "admitted"), ("high", "admitted")} & outcomes  # of one of the two API servers

@@ -17,7 +17,7 @@ import pytest
 from e2e.client import Engine, Going, at_once, same_tokens
 from e2e.conftest import TINY_TOKEN_BYTES, Plan, is_quiet, settings
 from e2e.offloads import prompt_of
-from e2e.predictions import TOP, TOPICS, assert_predicts_the_same, compare, text_of, top_logprobs
+from e2e.predictions import TOP, assert_predicts_the_same, compare, texts_of, top_logprobs
 from e2e.reuse import Counted, Reuse, cache, held_still, is_stored
 from e2e.running import end_running_fleet
 from engine_processes import slowed, stopped_models
@@ -141,6 +141,8 @@ def test_what_the_worker_computed_for_others_is_found_by_an_engine_that_never_sa
 
 def test_another_salt_finds_nothing(shared: Reuse) -> None:
     prompt = prompt_of(600, seed=1)
+    shared.decode.complete(prompt, cache_salt="a")
+    shared.forget()
     for salt in ("another", "disagg-lora:1:x:a"):
         counted = shared.count()
         shared.decode.complete(prompt, cache_salt=salt)
@@ -371,8 +373,7 @@ def test_kv_that_was_int8_in_the_second_tier_predicts_what_kv_predicts(
 ) -> None:
     engine, server = smol
     compared = []
-    for number, topic in enumerate(TOPICS):
-        ids = text_of(engine, topic, 4 * CHUNK + 101, seed=number)
+    for number, ids in enumerate(texts_of(engine, 4 * CHUNK + 101)):
         engine.complete(ids[: 4 * CHUNK], max_tokens=1, cache_salt=f"int8-{number}")
         is_stored(engine, server)
         server.clear()

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from engine_processes import SGLANG_STANDS_TIMES, Slices, end_tree, slowed
+from engine_processes import SGLANG_STANDS_TIMES, Slices, end_tree, is_alive, slowed
 from sglang_e2e.client import Answer, Engine, Offloads, at_once, prompt_of, same_tokens
 from sglang_e2e.conftest import PREFILL_QUEUE, Fleet, connected, is_quiet, offload
 
@@ -189,6 +189,8 @@ def test_a_prefill_server_that_dies_while_streaming_costs_only_what_did_not_land
 
 def test_with_a_dead_prefill_server_prompts_are_prefilled_here(pair: Fleet) -> None:
     prompt = prompt_of(700, seed=32)
+    if is_alive(pair.prefill):  # the test before has not run, or in another pair
+        end_tree(pair.prefill, signal.SIGKILL)
     pair.decode.when(lambda v: not connected(v))
     counted = Offloads(pair.decode)
     got = pair.decode.generate(prompt)
