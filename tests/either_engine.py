@@ -3,9 +3,11 @@
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -36,6 +38,7 @@ class Server:
     url: str
     side_port: int
     model: str
+    pid: int = 0
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=300))
     _salt: int = 0
 
@@ -89,12 +92,21 @@ class Server:
         landed: int = self.snapshot()["decode"]["totals"].get("landed", 0)
         return landed
 
+    def when(self, condition: Callable[[dict[str, Any]], bool], *, within_s: float = 60.0) -> dict[str, Any]:
+        """The first snapshot that fulfils ``condition``; fails with the last one if none does in time."""
+        until_s = time.monotonic() + within_s
+        while not condition(view := self.snapshot()):
+            assert time.monotonic() < until_s, f"not in {within_s:.0f} s: {str(view)[:6000]}"
+            Event().wait(0.02)
+        return view
+
     def wait_for_workers(self) -> None:
-        for _ in range(600):
-            if any(worker["healthy"] for worker in self.snapshot()["prefill_workers"]["workers"].values()):
-                return
-            Event().wait(0.1)
-        raise AssertionError(f"no prefill worker: {self.snapshot()['prefill_workers']}")
+        self.when(has_worker)
+
+
+def planned(kind: Kind) -> Server:
+    """A server that will be started at these ports."""
+    return Server(kind, f"http://127.0.0.1:{free_port()}", free_port(), "")
 
 
 def start(
@@ -109,15 +121,25 @@ def start(
     core: int = 0,
     max_model_len: int = 4096,
     transfer: Mapping[str, Any] | None = None,
+    at: "Server | None" = None,
+    **more: Any,
 ) -> Server:
-    """Start one server; ``stack`` ends it."""
-    port, side_port = free_port(), free_port()
+    """Start one server; ``stack`` ends it.
+
+    Args:
+        workers: The prefill engines of a decode engine; of one that does not run yet, its ``planned`` form.
+        at: The ``planned`` form whose ports it gets.
+        more: Further settings.
+    """
+    at = at or planned(kind)
+    port, side_port = int(at.url.rpartition(":")[2]), at.side_port
     settings = {
         "side_channel": {"port": side_port, "peer_timeout_s": 30.0},  # four engines may share two cores
         "transfer": {"codec": "raw", "compile": False, "offer_timeout_s": 20.0, **(transfer or {})},
         "policy": {"offload": "threshold"},
         "split_policy": {"prompt_length_threshold": 24, "suspect_after_s": 30.0},
         "prefill_workers": [{"url": w.url, "side_channel": f"127.0.0.1:{w.side_port}"} for w in workers],
+        **more,
     }
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -128,22 +150,29 @@ def start(
     else:
         extra = ["--disaggregation-transfer-backend", "disagg", "--disaggregation-mode", role]
         extra += ["--disagg-config", str(config), "--context-length", str(max_model_len)]
-        extra += ["--chunked-prefill-size", "512"]
+        extra += ["--chunked-prefill-size", "512", "--enable-metrics"]
         argv = sglang_command(str(model), port, extra=extra, python=sglang_python())
         env = sglang_env()
     url = f"http://127.0.0.1:{port}"
-    stack.enter_context(serving(argv, f"{url}/health", folder / f"{name}.log", start_s=900, env=env))
-    server = Server(kind, url, side_port, str(model))
+    process = stack.enter_context(serving(argv, f"{url}/health", folder / f"{name}.log", start_s=900, env=env))
+    server = Server(kind, url, side_port, str(model), process.pid)
     stack.callback(server.http.close)
     return server
 
 
 def sglang_python() -> str:
     """The interpreter that has SGLang: named by the environment, else the Makefile's."""
+    if find_spec("sglang") is not None:
+        return sys.executable
     named = os.environ.get(SGLANG_PYTHON) or str(Path(__file__).parents[1] / ".venv-sglang" / "bin" / "python")
     if not Path(named).exists():
         sys.exit(f"no SGLang at {named}: run `make venv-sglang`, or set {SGLANG_PYTHON}")
     return named
+
+
+def has_worker(view: dict[str, Any]) -> bool:
+    """Whether a decode engine could offload now."""
+    return any(worker["healthy"] for worker in view["prefill_workers"]["workers"].values())
 
 
 def agreement(pairs: Sequence[tuple[Answer, Answer]]) -> tuple[float, float]:

@@ -149,9 +149,12 @@ def free_port() -> int:
     """A TCP port on loopback that nobody listens on, never the same twice.
 
     Below the range of ephemeral ports: otherwise an outgoing connection may take it while its engine still starts.
+    Test processes that run side by side take turns in it.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     for _ in range(1000):
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, workers)
         if port in _handed_out:
             continue
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
