@@ -22,6 +22,7 @@ import pytest
 from _pytest.runner import runtestprotocol  # the three phases of a test; pytest has no public name for them
 
 FLAKY_AT_MOST = 2
+SECOND_TRIES_AT_MOST = 5  # a session: the run has failed then, and each of them costs the start of a fleet
 FLAKY_LIST = "flaky.jsonl"
 ENGINE_TESTS = ("tests/e2e", "tests/sglang_e2e", "tests/cross_engine", "tests/main_paths")
 
@@ -57,7 +58,12 @@ class SecondTry:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        if self._now or not any(item.path.is_relative_to(self._root / folder) for folder in ENGINE_TESTS):
+        tries = len(self._flaky) + len(self._failed_twice)
+        if (
+            self._now
+            or tries == SECOND_TRIES_AT_MOST
+            or not any(item.path.is_relative_to(self._root / folder) for folder in ENGINE_TESTS)
+        ):
             return None  # to pytest
         started = time.monotonic()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from second_try import FLAKY_AT_MOST
+from second_try import FLAKY_AT_MOST, SECOND_TRIES_AT_MOST
 
 TESTS = Path(__file__).parents[1]
 FLAKY = TESTS.parent / "tools/flaky.py"
@@ -256,3 +256,11 @@ def test_the_tool_adds_up_a_run(
     assert list(tmp_path.iterdir()) == [others]
     assert tool() == 0
     assert capsys.readouterr().out == "no flaky tests\n"
+
+
+def test_where_everything_fails_not_everything_is_tried_again(tmp_path: Path) -> None:
+    tests = "".join(f"def test_{number}(engine):\n    assert not engine\n" for number in range(8))
+    done = run(tmp_path, e2e__test_a=tests)
+    assert done.returncode == 1
+    assert done.output.count("SECOND TRY FAILED") == SECOND_TRIES_AT_MOST
+    assert "8 failed" in done.output
