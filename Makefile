@@ -6,14 +6,16 @@ PYTEST_ARGS ?=
 SGLANG_VENV ?= .venv-sglang
 BIN := $(VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
-SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_STAMP = $(SGLANG_VENV)/.installed-$(SGLANG_RELEASE)
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=25
 SGLANG_PYTEST := $(SGLANG_BIN)/python -m pytest --durations=25
 ENGINE_FREE := $(addprefix tests/,unit contract nixl faults fuzz lmcache_child)
 
 .DEFAULT_GOAL := check
-.PHONY: venv venv-sglang venv-versions models prometheus lint fix check demo bench compat clean \
+# engines share two cores: one part at a time, in the order in which they are named
+.NOTPARALLEL:
+.PHONY: venv venv-sglang venv-versions models prometheus lint fix check demo bench compat compat-check clean \
 	test test-unit test-main-vllm test-main-sglang \
 	test-all test-vllm test-sglang test-cross-engine test-versions flaky-clear flaky
 
@@ -41,6 +43,7 @@ $(SGLANG_STAMP): pyproject.toml $(SGLANG_REQUIREMENTS).txt $(SGLANG_REQUIREMENTS
 	$(SGLANG_BIN)/python -m pip install --quiet -r $(SGLANG_REQUIREMENTS).txt
 	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r $(SGLANG_REQUIREMENTS)-nodeps.txt sglang==$(SGLANG_RELEASE)
 	$(SGLANG_BIN)/python -m pip install --quiet -e .
+	rm -f $(SGLANG_VENV)/.installed-*
 	touch $@
 
 # releases that are claimed beside the ones in $(VENV) and $(SGLANG_VENV); each has an environment of its own
@@ -59,7 +62,8 @@ $(VLLM_STAMPS): .venv-vllm-%/.installed: pyproject.toml tools/requirements-vllm-
 	touch $@
 
 $(SGLANG_STAMPS): .venv-sglang-%/.installed: pyproject.toml $(SGLANG_REQUIREMENTS).txt $(SGLANG_REQUIREMENTS)-nodeps.txt
-	$(MAKE) venv-sglang SGLANG_VENV=.venv-sglang-$* SGLANG_RELEASE=$* SGLANG_VERSIONS=
+	$(MAKE) venv-sglang SGLANG_VENV=.venv-sglang-$* SGLANG_RELEASE=$*
+	touch $@
 
 models: $(STAMP)
 	$(BIN)/python tests/models.py tiny tiny-other-seed smollm2
@@ -82,10 +86,10 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 
 # the main paths: everything that starts no engine, and one pair of each engine family
-test: test-unit test-main-vllm test-main-sglang
+test: flaky-clear test-unit test-main-vllm test-main-sglang
 
 # all of it, as CI runs it; the parts share .flaky, where tests that pass at their second try only are listed
-test-all: flaky-clear test test-vllm test-sglang test-cross-engine test-versions flaky
+test-all: test compat-check test-vllm test-sglang test-cross-engine test-versions flaky
 
 # a file's tests stay together: they share what the file starts
 test-unit: models prometheus
@@ -123,9 +127,12 @@ flaky-clear: $(STAMP)
 flaky: $(STAMP)
 	$(BIN)/python tools/flaky.py
 
-# needs the package registry: what README.md says of releases, made anew
+# what README.md says of releases, made anew for all that the package registry has; or whether it is true
 compat: $(STAMP)
 	$(BIN)/python tools/compat.py --readme
+
+compat-check: $(STAMP)
+	$(BIN)/python tools/compat.py --check
 
 demo: models
 	$(BIN)/python examples/01_two_engines/run.py

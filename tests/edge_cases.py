@@ -39,6 +39,7 @@ class EdgeCase:
 
 _STAYS = "tests/e2e/test_1_edge_cases.py::test_a_request_that_cannot_be_offloaded_is_served_where_it_is"
 _TRAVELS = "tests/e2e/test_1_edge_cases.py::test_what_shapes_only_the_answer_works_as_without_us"
+_VIEWS = "tests/unit/vllm/test_kv_views.py"
 _SUPPORT = "tests/unit/vllm/test_support.py"
 _ENGINES = "tests/e2e/test_7_edge_engines.py"
 _HELD = "tests/unit/control/test_router_flow.py"
@@ -206,6 +207,21 @@ ENGINES: tuple[EdgeCase, ...] = (
         Outcome.REFUSED,
         "Sleeping takes the KV cache away while transfers may be open.",
         (f"{_SUPPORT}::test_unsupported_engines", f"{_SUPPORT}::test_sleep_and_weight_transfer_are_read"),
+    ),
+    EdgeCase(
+        "routed experts in the answer (`--enable-return-routed-experts`)",
+        Outcome.REFUSED,
+        "They come from computing the prompt, so it is computed where it is answered.",
+        (
+            f"{_SUPPORT}::test_unsupported_engines",
+            f"{_SUPPORT}::test_a_wish_for_routed_experts_is_read_where_this_vllm_and_an_older_one_have_it",
+        ),
+    ),
+    EdgeCase(
+        "a bfloat16 cache of vLLM on a CPU with AMX",
+        Outcome.REFUSED,
+        "vLLM lays it out for that unit, which we do not know; float32 and float16 caches are moved.",
+        (f"{_VIEWS}::test_a_bfloat16_cache_is_moved_unless_the_cpu_has_amx_which_lays_it_out_for_itself",),
     ),
     EdgeCase(
         "weights changed in place (`--weight-transfer-config`)",

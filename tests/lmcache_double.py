@@ -130,6 +130,7 @@ class StrictChild:
     register_kv_caches = bind_connector_metadata = clear_connector_metadata = start_load_kv = _nothing
     wait_for_save = handle_preemptions = get_kv_connector_kv_cache_events = get_mem_pool_context = _nothing
     set_host_xfer_buffer_ops = finish_forward = reset_capture_state = _nothing
+    unregister_kv_caches = restore_kv_caches = _nothing
 
 
 class Pair:

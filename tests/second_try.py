@@ -53,6 +53,7 @@ class SecondTry:
         self._basetemp: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # pytest's own
         self._terminal = terminal
         self._now: FirstTry | None = None  # set while a test is run again
+        self._passed = False
         self._flaky: list[FirstTry] = []
         self._failed_twice: list[FirstTry] = []
 
@@ -97,6 +98,7 @@ class SecondTry:
         self._terminal.write_line(f"  kept in {record}; once more in a fresh pair", yellow=True)
         item._report_sections.clear()  # else the second report shows what the first try wrote
         failed_before = item.session.testsfailed
+        self._passed = False
         started = time.monotonic()
         try:
             # all hooks again: pytest-timeout's clock has been stopped by the failure
@@ -104,7 +106,7 @@ class SecondTry:
         finally:
             self._now = None
         seconds = time.monotonic() - started
-        if item.session.testsfailed > failed_before:
+        if item.session.testsfailed > failed_before or not self._passed:  # one that is skipped has shown nothing
             self._failed_twice.append(first)
             self._terminal.write_line(f"SECOND TRY FAILED {item.nodeid}", red=True)
             return
@@ -128,6 +130,7 @@ class SecondTry:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._passed |= report.when == "call" and report.passed
         if self._now and report.failed:
             report.sections.append(("First try", f"failed too: {self._now.error}\nkept in {self._now.record}"))
 

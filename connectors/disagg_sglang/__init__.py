@@ -16,25 +16,24 @@ def register() -> None:
 
     Nothing that a command without the backend sees is changed.
 
+    Where this SGLang is not as ``surface.py`` has it, such commands go on, and one line says so.
+
     Raises:
-        ConfigError: This SGLang is not as ``surface.py`` has it; SGLang logs it and goes on without us.
         SystemExit: The same, and the command line asks for disagg: SGLang must not start without it.
     """
     from sglang.version import __version__ as sglang_version
 
-    from disagg_plugin.errors import ConfigError
     from disagg_sglang.surface import SURFACE
 
-    asked = asks_for_disagg(sys.argv[1:])
-    if (line := SURFACE.check(sglang_version)) is not None:
+    asked, is_first_process = asks_for_disagg(sys.argv[1:]), multiprocessing.parent_process() is None
+    if (problem := SURFACE.check(sglang_version)) is not None:
         if asked:
-            raise SystemExit(line)
-        raise ConfigError(line)
-    if asked and SURFACE.is_newer(sglang_version) and multiprocessing.parent_process() is None:
-        logger.warning(
-            "disagg: SGLang %s is newer than %s, which is tested; its names are as expected",
-            *(sglang_version, SURFACE.newest),
-        )
+            raise SystemExit(problem)
+        if is_first_process:
+            logger.warning("%s. It stays out of this SGLang.", problem)
+        return
+    if asked and is_first_process and (line := SURFACE.unseen(sglang_version)):
+        logger.warning("%s", line)
     from disagg_sglang import hooks
 
     hooks.install()

@@ -2,7 +2,7 @@
 
 ``tools/compat.py`` checks the same table against SGLang's wheels, and ``tests/unit/sglang/test_surface.py`` that the
 code uses nothing else. ``hooks.py`` says what is called at the hooked functions; their parameters stand here only.
-What says ``without`` is looked for where it is used, and only that is lost where it is missing.
+``without`` says what is lost where a name is missing; everything else then works.
 """
 
 from disagg_plugin.surface import Surface, calls, overrides, reads

@@ -32,11 +32,8 @@ def register() -> None:
 
     from disagg_vllm import cli_flags
 
-    first_process = multiprocessing.parent_process() is None
-    if SURFACE.is_newer(vllm_version) and first_process and cli_flags.asks_for_disagg(sys.argv[1:]):
-        logger.warning(
-            "disagg: vLLM %s is newer than %s, which is tested; its names are as expected", vllm_version, SURFACE.newest
-        )
+    if _is_first_process() and cli_flags.asks_for_disagg(sys.argv[1:]) and (line := SURFACE.unseen(vllm_version)):
+        logger.warning("%s", line)
     for name in CONNECTOR_NAMES:
         if name not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(name, "disagg_vllm.connector", "DisaggConnector")
@@ -51,7 +48,8 @@ def _stay_out(problem: str) -> None:
 
     if cli_flags.asks_for_disagg(sys.argv[1:]):
         raise SystemExit(problem)
-    logger.info("%s", problem)
+    if _is_first_process():
+        logger.warning("%s. It stays out of this vLLM.", problem)
 
     def refuse() -> NoReturn:
         raise ConfigError(problem)
@@ -64,3 +62,8 @@ def _stay_out(problem: str) -> None:
         return
     if isinstance(registry, dict):  # for configs made in Python: this line, instead of "unsupported connector"
         registry.update(dict.fromkeys(CONNECTOR_NAMES, refuse))
+
+
+def _is_first_process() -> bool:
+    """Not one that an engine has started: what is said once is said here."""
+    return multiprocessing.parent_process() is None

@@ -217,6 +217,12 @@ class DisaggConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unty
     def reset_capture_state(self) -> None:
         self._of_child("reset_capture_state")
 
+    def unregister_kv_caches(self) -> None:
+        self._of_child("unregister_kv_caches")  # we have none: an engine that can sleep does not use us
+
+    def restore_kv_caches(self) -> None:
+        self._of_child("restore_kv_caches")
+
     def _of_child(self, method: str, *args: Any) -> Any:
         """What only LMCache has an answer to; None without it."""
         tier = self._worker.tier if self._worker is not None else None

@@ -39,6 +39,7 @@ FORWARDED = frozenset(
         *("wait_for_save", "get_transfer_results", "get_block_ids_with_load_errors", "handle_preemptions"),
         *("get_kv_connector_kv_cache_events", "get_required_kvcache_layout"),
         *("get_mem_pool_context", "set_host_xfer_buffer_ops", "finish_forward", "reset_capture_state"),
+        *("unregister_kv_caches", "restore_kv_caches"),
     }
 )
 NOT_FORWARDED = {
@@ -62,6 +63,7 @@ NOT_FORWARDED = {
     "requires_kv_delivery": "ours says yes already",
     "build_kv_connector_stats": "the engine keeps one kind of stats a connector: ours; look-up times go into them",
     "build_prom_metrics": "as build_kv_connector_stats",
+    "supports_sleep_mode": "the engine's default, yes: the child is told to unregister, and we are not active then",
     "has_connector_metadata": "about this object itself",
     "role": "about this object itself",
 }

@@ -81,6 +81,7 @@ class SchedulerSide:
         self._undo: Callable[[], None] = lambda: None  # what we did to the process's signals
         self._journal = Journal()
         self._endpoints: tuple[RankEndpoint, ...] = ()
+        self._ranks_are_ready = False
         self.figures = EngineStats(
             settings,
             self._journal,
@@ -106,7 +107,13 @@ class SchedulerSide:
             logger.warning("disagg: this vLLM's prefix cache cannot be looked into: prompts are decided on late")
 
     def ranks_ready(self, ranks: dict[int, RankHandshake]) -> None:
-        """All workers have registered their caches: start the side channel, or say once why not."""
+        """All workers have registered their caches: start the side channel, or say once why not.
+
+        vLLM 0.33 calls it again at each wake-up, also of an engine that never slept; the first call counts.
+        """
+        if self._ranks_are_ready:
+            return
+        self._ranks_are_ready = True
         if self.tier is not None:  # whatever becomes of the rest: it serves local prompts as well
             self.tier.ready([r.lmcache_problem for r in ranks.values()])
         problem = next((r.problem for r in ranks.values() if r.problem), "")

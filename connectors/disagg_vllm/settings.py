@@ -25,6 +25,6 @@ def names_disagg(vllm_config: Any) -> bool:
     if transfer is None:
         return False
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
-    children = extra.get("connectors", ()) if isinstance(extra, Mapping) else ()
+    children = (extra.get("connectors") or ()) if isinstance(extra, Mapping) else ()
     names = [getattr(transfer, "kv_connector", None), *(child.get("kv_connector") for child in children)]
     return any(name in CONNECTOR_NAMES for name in names)

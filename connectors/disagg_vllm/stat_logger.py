@@ -1,17 +1,23 @@
 """vLLM's stat-logger plugin (entry point ``vllm.stat_logger_plugins``): requests as the API server sees them end.
 
-vLLM loads it wherever the package is installed, also where ``surface`` does not fit: without the connector in the
-engine's config it does nothing, and imports nothing more of vLLM.
+vLLM loads it wherever the package is installed; without the connector in the engine's config it does nothing. Where
+``surface`` does not fit, importing this fails, which vLLM logs and survives.
 """
 
 from typing import TYPE_CHECKING
 
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm import __version__ as vllm_version
 
 from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
 from disagg_vllm.settings import names_disagg
+from disagg_vllm.surface import SURFACE
+
+if (problem := SURFACE.check(vllm_version)) is not None:
+    raise ImportError(problem)
+
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

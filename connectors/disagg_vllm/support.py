@@ -37,6 +37,7 @@ class EngineFacts:
     partial_prefill_layers: bool = False
     sleeps: bool = False
     weights_change: bool = False
+    returns_routed_experts: bool = False
 
 
 def unsupported_reason(facts: EngineFacts) -> str | None:
@@ -58,6 +59,7 @@ def unsupported_reason(facts: EngineFacts) -> str | None:
         (facts.partial_prefill_layers, "kv_sharing_fast_prefill leaves layers of a prompt out"),
         (facts.sleeps, "sleep mode is enabled: it takes the KV cache away under open transfers"),
         (facts.weights_change, "weight_transfer_config is set: weights that change in place are no model's KV"),
+        (facts.returns_routed_experts, "enable_return_routed_experts wants each prompt computed where it is answered"),
         (facts.pipeline_parallel > 1, f"pipeline parallelism is {facts.pipeline_parallel}"),
         (facts.context_parallel > 1, f"context parallelism is {facts.context_parallel}"),
         (bool(facts.speculative_method), f"speculative decoding ({facts.speculative_method}) keeps KV of its own"),
@@ -96,6 +98,10 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
         partial_prefill_layers=bool(getattr(cache, "kv_sharing_fast_prefill", False)),
         sleeps=bool(getattr(model, "enable_sleep_mode", False)),
         weights_change=getattr(vllm_config, "weight_transfer_config", None) is not None,
+        returns_routed_experts=any(
+            getattr(config, "enable_return_routed_experts", False)  # vLLM 0.30 has it in the model's
+            for config in (getattr(vllm_config, "aux_output_config", None), model)
+        ),
     )
 
 

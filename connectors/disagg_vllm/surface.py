@@ -1,7 +1,7 @@
 """Everything that this connector takes from vLLM, checked by ``register`` before anything else of it is imported.
 
 ``tools/compat.py`` checks the same table against vLLM's wheels, and ``tests/unit/vllm/test_surface.py`` that the code
-uses nothing else. What says ``without`` is looked for where it is used, and only that is lost where it is missing.
+uses nothing else. ``without`` says what is lost where a name is missing; everything else then works.
 """
 
 from disagg_plugin.surface import Surface, calls, overrides, reads
@@ -28,7 +28,7 @@ _REGISTRATION = (
         *("KVTransferConfig.kv_connector", "KVTransferConfig.kv_role", "KVTransferConfig.kv_load_failure_policy"),
         *("KVTransferConfig.kv_connector_extra_config", "KVTransferConfig.engine_id"),
     ),
-    *reads("vllm.entrypoints.launchers.cli_args", *_FRONTEND, last="0.32.0", without=_NO_FRONTEND),
+    *reads("vllm.entrypoints.launchers.cli_args", *_FRONTEND, last="0.32", without=_NO_FRONTEND),
     *reads("vllm.entrypoints.common.cli_args", *_FRONTEND, first="0.33.0", without=_NO_FRONTEND),
     *reads(
         "vllm.engine.arg_utils",
@@ -82,10 +82,25 @@ _CONNECTOR = (
         "KVConnectorBase_V1.shutdown(self)",
         "KVConnectorWorkerMetadata.aggregate(self, other)",
     ),
-    # the engine asks an older connector neither
+    # the base class's own, which come back to ours
+    *calls(
+        _BASE,
+        "KVConnectorBase_V1.get_transfer_results(self, finished_req_ids)",
+        "KVConnectorBase_V1.set_xfer_handshake_metadata_pp_aware(self, metadata)",
+        "KVConnectorBase_V1.get_finished_count(self)",
+    ),
+    *reads(_BASE, "KVConnectorBase_V1.requires_kv_delivery", "KVConnectorTransferResults.finished_recving"),
+    *reads(_BASE, "KVConnectorTransferResults.finished_sending"),
+    # the engine asks an older connector for none of these
     *overrides(_BASE, "KVConnectorBase_V1.get_mem_pool_context(self)", first="0.31.0"),
     *overrides(
         _BASE, "KVConnectorBase_V1.get_external_cache_hit_sources(self, request, num_external_tokens)", first="0.32.0"
+    ),
+    *overrides(
+        _BASE,
+        "KVConnectorBase_V1.unregister_kv_caches(self)",
+        "KVConnectorBase_V1.restore_kv_caches(self)",
+        first="0.33.0",
     ),
     *reads("vllm.v1.metrics.cache_hit_source", "CacheHitSource.HOST", "CacheHitSource.P2P", first="0.32.0"),
     *reads(
@@ -158,7 +173,8 @@ _SCHEDULER = (
         *("CachedRequestData.new_block_ids", "CachedRequestData.num_output_tokens"),
     ),
     *calls("vllm.v1.core.sched.output", "KVConnectorBlockState.get_block_ids(self, req_id)"),
-    *reads("vllm.v1.core.kv_cache_manager", "KVCacheBlocks.get_block_ids", "KVCacheManager"),
+    *calls("vllm.v1.core.kv_cache_manager", "KVCacheBlocks.get_block_ids(self)"),
+    *reads("vllm.v1.core.kv_cache_manager", "KVCacheManager"),
     *reads("vllm.v1.core.block_pool", "BlockPool.num_gpu_blocks"),
     *calls("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks(self)", "BlockPool.get_usage(self)"),
     *overrides(
@@ -186,6 +202,9 @@ _CONFIG = (
         *("VllmConfig.speculative_config", "VllmConfig.compilation_config"),
     ),
     *reads("vllm.config", "VllmConfig.weight_transfer_config", without=_NOT_USED),
+    *reads("vllm.config", "VllmConfig.aux_output_config", first="0.31.0", without=_NOT_USED),
+    *reads("vllm.config.aux_output", "AuxOutputConfig.enable_return_routed_experts", first="0.31.0", without=_NOT_USED),
+    *reads("vllm.config.model", "ModelConfig.enable_return_routed_experts", last="0.30", without=_NOT_USED),
     *reads(
         "vllm.config.model",
         *("ModelConfig.max_model_len", "ModelConfig.hf_config", "ModelConfig.model", "ModelConfig.served_model_name"),
@@ -268,7 +287,11 @@ _ADMISSION = (
         without="early rejection checks requests once, before they are tokenized",
     ),
     *reads("vllm.v1.engine.async_llm", "AsyncLLM.vllm_config", without="early rejection is not active"),
-    *reads("vllm.exceptions", "GracefulHTTPError", without="an early rejection by the second stage answers 400"),
+    *calls(
+        "vllm.exceptions",
+        "GracefulHTTPError.__init__(self, message, http_status)",
+        without="an early rejection by the second stage answers 400",
+    ),
 )
 
 SURFACE = Surface(

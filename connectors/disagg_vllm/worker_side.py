@@ -132,9 +132,7 @@ class WorkerSide:
     @_guarded((None, None))
     def completions(self, commands: StepCommands) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's form: (requests whose blocks we release, requests whose load ended)."""
-        if (
-            not self._step_ended and not commands.computes
-        ):  # vLLM 0.30 calls no wait_for_save in a step without a forward
+        if not self._step_ended and not commands.computes:  # vLLM 0.30: no wait_for_save without a forward
             self.end_step(commands)
         done = self._plane.take_completions() if self._plane is not None else Completions()
         if self.tier is not None:

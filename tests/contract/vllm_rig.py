@@ -105,7 +105,6 @@ class VllmRig:
         )
         commands = self.scheduler.build_commands(empty)
         self.worker.begin_step(commands)
-        self.worker.end_step(commands)
         if self._ends_empty_steps:
             self.worker.end_step(commands)
         _, received = self.worker.completions(commands)

@@ -8,7 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from disagg_plugin.surface import Source, Surface, reads
+from disagg_plugin.sources import Source
+from disagg_plugin.surface import Surface, reads
 from disagg_sglang.surface import SURFACE as SGLANG
 from disagg_vllm.surface import SURFACE as VLLM
 

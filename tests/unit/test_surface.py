@@ -2,7 +2,8 @@
 
 import pytest
 
-from disagg_plugin.surface import CHECKED_VARIABLE, Source, Surface, calls, installed, overrides, reads
+from disagg_plugin.sources import Source, installed
+from disagg_plugin.surface import CHECKED_VARIABLE, Surface, calls, overrides, reads
 
 FILES = {
     "engine": Source("from .version import __version__\n", is_package=True),
@@ -11,13 +12,16 @@ FILES = {
         "from engine.core import Queue as Queue\nfrom other import Elsewhere\nfrom engine import deep\n"
     ),
     "engine.deep": Source("from .inner import Found\n", is_package=True),
-    "engine.deep.inner": Source("from ..core import Queue as Found\n"),
+    "engine.deep.inner": Source("from ..core import Queue as Found, Nothing\n"),
+    "engine.newer": Source("class Queue(:\n"),
     "engine.core": Source(
         """
 import os
+from engine import core
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     LIMIT: int = 3
+    from engine.deep import OnlyForTypes
 try:
     from fast import parse
 except ImportError:
@@ -26,6 +30,15 @@ except ImportError:
 class Base:
     inherited: int
     def close(self): ...
+    @abstractmethod
+    def drain(self): ...
+
+def keep(function): ...
+keep = cached(keep)
+
+class Typed(core.Base[int]):
+    @core.abstractmethod
+    def pop(self): ...
 
 class Queue(Base):
     size: int = 0
@@ -36,6 +49,9 @@ class Queue(Base):
             self.name, self.kind = name, ""
     @property
     def full(self): ...
+    def drain(self): ...
+    @staticmethod
+    def parse(text): ...
     async def add(self, request, index): ...
     def take(self, count, *, timeout_s=1.0, **more): ...
     def nested(self):
@@ -65,6 +81,8 @@ def lacks(*names, version="1.4"):
         pytest.param("Queue.kind", id="one of several set by a method"),
         pytest.param("Queue.full", id="a property"),
         pytest.param("Queue.inherited", id="a base class's"),
+        pytest.param("Typed.inherited", id="of a base class that is a module's, and generic"),
+        pytest.param("keep", id="a function that is wrapped under its name"),
     ],
 )
 def test_what_a_module_says_in_any_way_is_found(path):
@@ -94,6 +112,8 @@ def test_imports_are_followed(module, path):
         pytest.param("engine.core", "Queue.weight", id="no attribute"),
         pytest.param("engine.core", "Queue.hidden", id="a local name of a method"),
         pytest.param("engine.core", "LIMIT.bits", id="of what is no class"),
+        pytest.param("engine.core", "OnlyForTypes", id="imported for type checkers only"),
+        pytest.param("engine.deep.inner", "Nothing", id="imported from where it is not"),
     ],
 )
 def test_what_is_not_there_is_told_by_its_full_name(module, path):
@@ -114,6 +134,11 @@ def test_what_is_not_there_is_told_by_its_full_name(module, path):
         pytest.param(calls("engine.core", "Queue.__init__(self)"), "takes (self, room, name), not", id="needs more"),
         pytest.param(calls("engine.core", "parse(text, strict)"), "takes (text), not (text, strict)", id="takes less"),
         pytest.param(calls("engine.core", "Queue.size(self)"), "is no function", id="no function"),
+        pytest.param(calls("engine.core", "Queue.full(self)"), "is no function", id="a property now"),
+        pytest.param(reads("engine.core", "Queue.take"), "is a method", id="a method now"),
+        pytest.param(overrides("engine.core", "Queue.parse(text)"), None, id="a static method"),
+        pytest.param(overrides("engine.core", "Queue.take(count)"), "is no static method", id="not static any more"),
+        pytest.param(reads("engine.newer", "Queue"), "cannot be read (SyntaxError", id="a newer Python's file"),
     ],
 )
 def test_an_override_must_match_exactly_and_a_call_must_be_accepted(names, problem):
@@ -128,7 +153,7 @@ def test_a_name_counts_in_the_releases_that_have_it():
         True,
         True,
     ]
-    assert [bool(lacks(*until, version=version)) for version in ("1.2.9", "1.3", "1.4")] == [True, True, False]
+    assert [bool(lacks(*until, version=one)) for one in ("1.2.9", "1.3", "1.3.1", "1.4")] == [True, True, True, False]
 
 
 def test_the_line_names_the_release_what_is_supported_and_the_thing():
@@ -140,15 +165,28 @@ def test_the_line_names_the_release_what_is_supported_and_the_thing():
     assert "older than 1.2" in str(surface().check("1.1.9", FILES.get))
 
 
-def test_a_release_that_nobody_has_looked_at_is_judged_by_its_names():
+def test_a_release_that_was_never_run_is_judged_by_its_names_and_named():
     fits = surface(*reads("engine.core", "Queue"))
-    assert fits.check("1.5", FILES.get) is None
-    assert [fits.is_newer(version) for version in ("1.4", "1.4.1", "2.0", "built-here")] == [False, True, True, False]
-    assert fits.check("built-here", FILES.get) is None
+    assert [fits.check(version, FILES.get) for version in ("1.5", "built-here", "0.1.dev1+g12ab")] == [None] * 3
+    assert fits.unseen("1.5") == "disagg fits Engine 1.5 by its names, but was run with 1.3 only"
+    assert fits.unseen("built-here") is not None
+    assert fits.unseen("1.3+cpu") is None
+
+
+def test_an_engine_without_source_files_cannot_be_checked_and_does_not_fit():
+    assert "source files are not installed" in str(surface().check("1.4", {}.get))
+
+
+def test_whoever_subclasses_must_have_all_abstract_methods():
+    typed = overrides("engine.core", "Typed.pop(self)")
+    lines = ["engine.core.Typed.drain is abstract, and the connector has none"]
+    assert lacks(*typed) == lines
+    assert lacks(*typed, *overrides("engine.core", "Typed.drain(self)")) == []
+    assert lacks(*overrides("engine.core", "Queue.take(self, count, timeout_s, **more)")) == [], "it has its own"
 
 
 def test_child_processes_believe_their_parent_about_the_same_release_only(monkeypatch):
-    monkeypatch.delenv(CHECKED_VARIABLE, raising=False)
+    monkeypatch.setenv(CHECKED_VARIABLE, "")
     ours = Surface("pytest", "pytest", "1", "2", (), reads("pytest", "raises"))
     theirs = Surface("pytest", "pytest", "1", "2", (), reads("pytest", "nothing_of_this_name"))
     assert ours.check("1") is None

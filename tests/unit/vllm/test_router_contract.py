@@ -15,6 +15,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when vLLM imports its compiler
     from contract.vllm_rig import VllmRig
 
+    from disagg_vllm.metadata import RankHandshake
+
 TOKENS = 200
 PROMPT = list(range(1_000, 1_000 + TOKENS))
 TID = bytes(range(16))
@@ -94,3 +96,14 @@ def test_an_abort_before_p_answers_leaves_nothing(contract: Contract) -> None:
     contract.rig.abort("r")
     assert contract.port.cancels == [(TID, "aborted")]
     contract.assert_nothing_leaked()
+
+
+def test_a_handshake_that_comes_again_changes_nothing(contract: Contract) -> None:
+    """vLLM 0.33 calls it at each wake-up, also of an engine that does not sleep."""
+    assert isinstance(contract.rig, VllmRig)
+    send(contract, "r", PROMPT, **PARAMS)
+    before = contract.rig.scheduler._decode, contract.rig.scheduler._service
+    contract.rig.scheduler.ranks_ready({0: RankHandshake(0, contract.rig.plane.endpoint, GEOMETRY)})
+    assert (contract.rig.scheduler._decode, contract.rig.scheduler._service) == before
+    contract.accept()
+    assert contract.port.readies, "the request that waited goes on"

@@ -49,6 +49,7 @@ def test_full_attention_on_one_pipeline_stage_is_supported():
         pytest.param({"generates": False}, "pooling", id="pooling"),
         pytest.param({"sleeps": True}, "sleep mode", id="sleep mode"),
         pytest.param({"weights_change": True}, "weight_transfer_config", id="weights change"),
+        pytest.param({"returns_routed_experts": True}, "enable_return_routed_experts", id="routed experts"),
     ],
 )
 def test_unsupported_engines(change, said):
@@ -161,6 +162,16 @@ def test_sleep_and_weight_transfer_are_read(tmp_path):
     vllm_config.model_config.enable_sleep_mode = False
     vllm_config.weight_transfer_config = SimpleNamespace(backend="nccl")
     assert "weight_transfer_config" in str(unsupported_engine(vllm_config, kv_cache_config))
+
+
+def test_a_wish_for_routed_experts_is_read_where_this_vllm_and_an_older_one_have_it(tmp_path):
+    vllm_config, kv_cache_config = real_engine(tmp_path)
+    assert vllm_config.aux_output_config.enable_return_routed_experts is False
+    vllm_config.aux_output_config = SimpleNamespace(enable_return_routed_experts=True)
+    assert "enable_return_routed_experts" in str(unsupported_engine(vllm_config, kv_cache_config))
+    vllm_config.aux_output_config = None
+    vllm_config.model_config.enable_return_routed_experts = True  # vLLM 0.30
+    assert "enable_return_routed_experts" in str(unsupported_engine(vllm_config, kv_cache_config))
 
 
 @pytest.mark.parametrize(
