@@ -4,9 +4,10 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 SGLANG_VENV ?= .venv-sglang
+SGLANG_RELEASE := 0.5.23
 BIN := $(VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
-SGLANG_STAMP = $(SGLANG_VENV)/.installed-$(SGLANG_RELEASE)
+SGLANG_STAMP := $(SGLANG_VENV)/.installed-$(SGLANG_RELEASE)
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=25
 SGLANG_PYTEST := $(SGLANG_BIN)/python -m pytest --durations=25
@@ -35,7 +36,6 @@ $(STAMP): pyproject.toml tools/requirements-cpu.txt tools/vllm_cpu_metadata.py
 # an environment of its own: SGLang and vLLM pin each other's libraries apart
 venv-sglang: $(SGLANG_STAMP)
 
-SGLANG_RELEASE := 0.5.23
 SGLANG_REQUIREMENTS := tools/requirements-sglang-cpu
 $(SGLANG_STAMP): pyproject.toml $(SGLANG_REQUIREMENTS).txt $(SGLANG_REQUIREMENTS)-nodeps.txt
 	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
