@@ -1,23 +1,19 @@
 """vLLM's stat-logger plugin (entry point ``vllm.stat_logger_plugins``): requests as the API server sees them end.
 
-vLLM loads it wherever the package is installed; without the connector in the engine's config it does nothing. Where
-``surface`` does not fit, importing this fails, which vLLM logs and survives.
+vLLM loads it wherever the package is installed; without the connector in the engine's config, or where ``surface`` does
+not fit, it does nothing.
 """
 
 from typing import TYPE_CHECKING
 
 from vllm import __version__ as vllm_version
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from disagg_plugin.boundary import guarded
 from disagg_plugin.observability.deltas import Deltas
 from disagg_plugin.observability.frontend import Frontend
 from disagg_vllm.settings import names_disagg
 from disagg_vllm.surface import SURFACE
-
-if (problem := SURFACE.check(vllm_version)) is not None:
-    raise ImportError(problem)
-
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,7 +22,22 @@ if TYPE_CHECKING:
 _SERVED = frozenset({"stop", "length", "repetition"})
 
 
-class DisaggStatLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
+class _Bystander(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
+    """For a vLLM that does not fit: whatever it asks or adds, nothing happens."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        """Nothing is kept."""
+
+    def record(self, *_args: object, **_kwargs: object) -> None:
+        """Nothing is recorded."""
+
+    log = log_engine_initialized = record
+
+
+_Bystander.__abstractmethods__ = frozenset()
+
+
+class _Figures(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
     """Of one engine (DP rank), in each API server."""
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
@@ -91,3 +102,6 @@ def _ids_stay() -> bool:
     import vllm.envs as envs
 
     return bool(getattr(envs, "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", False))
+
+
+DisaggStatLogger: type[StatLoggerBase] = _Figures if SURFACE.check(vllm_version) is None else _Bystander
