@@ -29,6 +29,12 @@ class Source(NamedTuple):
 Read = Callable[[str], Source | None]  # a module's name → its file; None where there is none
 
 
+def place_of(package: str) -> str:
+    """The file of an installed package, the same in every process; empty where there is none."""
+    spec = find_spec(package)
+    return (spec.origin or "") if spec is not None else ""
+
+
 def installed(package: str) -> Read:
     """The source files of an installed package: its place is looked up, nothing of it is imported."""
     spec = find_spec(package)

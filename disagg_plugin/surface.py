@@ -8,12 +8,11 @@ by a traceback from wherever the name is used first; ``tools/compat.py`` asks th
 
 import os
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
-from disagg_plugin.sources import Read, Sources, installed
+from disagg_plugin.sources import Read, Sources, installed, place_of
 
 Match = Literal["exists", "exact", "accepts"]
 
@@ -122,7 +121,7 @@ class Surface:
 
         An engine's child processes believe their parent, as long as they have the same engine from the same place.
         """
-        token = f"{self.package}=={version} {find_spec(self.package)}" if read is None else ""
+        token = f"{self.package}=={version} at {place_of(self.package)}" if read is None else ""
         if token and os.environ.get(CHECKED_VARIABLE) == token:
             return None
         if (problem := self.too_old(version) or self._first_mismatch(read or installed(self.package), version)) is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -168,6 +169,11 @@ def sglang_python() -> str:
     if not Path(named).exists():
         sys.exit(f"no SGLang at {named}: run `make venv-sglang`, or set {SGLANG_PYTHON}")
     return named
+
+
+def prompt_of(tokens: int, seed: int = 0) -> list[int]:
+    """Token ids that no other length or seed begins with."""
+    return random.Random(f"{tokens}/{seed}").choices(range(10, 40_000), k=tokens)
 
 
 def has_worker(view: dict[str, Any]) -> bool:

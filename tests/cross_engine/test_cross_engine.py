@@ -5,13 +5,12 @@ where SGLang is.
 """
 
 import json
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from either_engine import Server, agreement, at_once, start
+from either_engine import Server, agreement, at_once, prompt_of, start
 from models import tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
@@ -48,10 +47,6 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crossed]:
             server.wait_for_workers()  # fingerprint and digest of the two families are equal, or there is none
             server.generate(prompt_of(600, seed=99))  # the first transfer wires the NIXL agents up
         yield pair
-
-
-def prompt_of(tokens: int, seed: int) -> list[int]:
-    return random.Random(f"{tokens}/{seed}").choices(range(10, 40_000), k=tokens)
 
 
 @pytest.fixture(params=["vllm_decode", "sglang_decode"])

@@ -4,7 +4,6 @@ The last tests take the prefill engine away. Everything else about real engines 
 """
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from either_engine import Answer, Kind, Server, agreement, at_once, has_worker, planned, start
+from either_engine import Answer, Kind, Server, agreement, at_once, has_worker, planned, prompt_of, start
 from engine_processes import SGLANG_STANDS_TIMES, STANDS_TIMES, end_tree, is_alive, slowed
 from models import tiny
 
@@ -60,10 +59,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         decode.wait_for_workers()
         decode.generate(prompt_of(600, seed=99))  # the first transfer wires the NIXL agents up
         yield Pair(prefill, decode)
-
-
-def prompt_of(tokens: int, seed: int = 0) -> list[int]:
-    return random.Random(f"{tokens}/{seed}").choices(range(10, 40_000), k=tokens)
 
 
 def assert_same(got: Answer, local: Answer) -> None:

@@ -41,6 +41,14 @@ def test_every_release_that_is_said_to_have_run_is_run_by_the_makefile() -> None
     assert [*makefile_list("SGLANG_VERSIONS"), *makefile_list("SGLANG_RELEASE")] == list(SGLANG.run)
 
 
+def test_every_folder_with_tests_is_run_by_the_makefile() -> None:
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
+    named = set(re.findall(r"tests/(\w+)(?= |$)", MAKEFILE, re.M)) | set(
+        re.findall(r"tests/,([\w ]+)", MAKEFILE)[0].split()
+    )
+    assert folders - named == set()
+
+
 @pytest.mark.parametrize("surface", [VLLM, SGLANG], ids=lambda surface: surface.engine)
 def test_the_table_in_the_readme_is_what_the_surfaces_say(surface: Surface) -> None:
     rows = dict(re.findall(rf"^\| {surface.engine} \| ([0-9.]+) \| (.*) \|$", README, re.M))

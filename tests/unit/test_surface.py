@@ -1,5 +1,7 @@
 """What an engine has is found in its files, wherever and however it says it; what it lacks is told by name."""
 
+import os
+
 import pytest
 
 from disagg_plugin.sources import Source, installed
@@ -190,6 +192,7 @@ def test_child_processes_believe_their_parent_about_the_same_release_only(monkey
     ours = Surface("pytest", "pytest", "1", "2", (), reads("pytest", "raises"))
     theirs = Surface("pytest", "pytest", "1", "2", (), reads("pytest", "nothing_of_this_name"))
     assert ours.check("1") is None
+    assert os.environ[CHECKED_VARIABLE] == f"pytest==1 at {pytest.__file__}", "nothing that differs between processes"
     assert theirs.check("1") is None
     assert theirs.check("2") is not None
 

@@ -67,6 +67,7 @@ class Installed:
     def register(self, version: str, read: Read, argv: list[str]) -> None:
         self._monkeypatch.setitem(sys.modules, "sglang.version", SimpleNamespace(__version__=version))
         self._monkeypatch.setattr(surface, "installed", lambda _package: read)
+        self._monkeypatch.setattr(surface, "place_of", lambda _package: "made up")
         self._monkeypatch.setattr(sys, "argv", argv)
         disagg_sglang.register()
 
